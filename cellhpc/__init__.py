@@ -1,0 +1,1 @@
+"""From raw high-content-screening plates to mechanism of action, on an HPC cluster."""

@@ -1,0 +1,121 @@
+"""Units of work on disk: digests, done markers, atomic writes, provenance.
+
+A unit of work is a folder. Its outputs are written first, each by an atomic rename; its marker `done.json` comes last and
+carries the digest of all that went into it. A unit whose marker holds the expected digest is finished; anything else is
+done again. Nothing is ever half there under its final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+DONE = "done.json"
+
+
+def digest(document: Any) -> str:
+    """SHA-256, in hexadecimal, of a document's canonical JSON (sorted keys, no blanks)."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it takes the name `path` at once, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically, indented."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table atomically, as Parquet or CSV by the ending of its name."""
+    with replacing(path) as temporary:
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+
+
+def is_done(unit: Path, expected: str) -> bool:
+    """Tell whether a unit of work is finished with the digest that is expected now."""
+    return done_digest(unit) == expected
+
+
+def done_digest(unit: Path) -> str | None:
+    """Digest with which a unit was finished; None when it was not."""
+    try:
+        return read_json(unit / DONE)["digest"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, NotADirectoryError):
+        return None
+
+
+def mark_done(unit: Path, unit_digest: str, **facts: Any) -> None:
+    """Mark a unit of work as finished; the last thing that is written of it."""
+    write_json(unit / DONE, {"digest": unit_digest, **facts})
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, host and commit that a result was made with."""
+    packages = ("cellhpc", "tensorflow-cpu", "tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "scikit-learn")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "cores": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **_commit(),
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the checkout that cellhpc runs from, and whether files differ from it; nothing when it is installed."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return {}
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit, "dirty": bool(changed.strip())}

@@ -1,0 +1,335 @@
+"""The job file: frozen, documented, validated settings for each stage of a study.
+
+A job file is TOML with the sections `[study]`, `[screen]`, `[convert]`, `[folds]`, `[train]`, `[sweep]` and `[aggregate]`.
+Each class below is one section: its fields are the keys, their docstrings the documentation. Paths may hold
+`~` and `${VARIABLES}` of the environment; relative ones start where the command is run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cellhpc.errors import UsageError, listing
+
+
+def _expand_path(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    unset = [name for name in re.findall(r"\$\{(\w+)\}", value) if name not in os.environ]
+    if unset:
+        raise ValueError(f"the environment variable {unset[0]} is not set; type: export {unset[0]}=...")
+    return Path(os.path.expandvars(value)).expanduser().absolute()
+
+
+UserPath = Annotated[Path, BeforeValidator(_expand_path)]
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, documented by its fields' docstrings, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StudySettings(Settings):
+    """`[study]`: what it is called and where everything of it goes."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Name in figures and reports: letters, digits, `_`, `.` and `-`."""
+    folder: UserPath
+    """The study's folder: resolved job file, store, folds, runs, results."""
+
+
+class ScreenBase(Settings):
+    """What every layout has."""
+
+    path: UserPath
+    """Folder of the pictures."""
+    tables: UserPath | None = None
+    """Folder of the screen's tables, when it is not `path`."""
+    compounds: tuple[str, ...] = ()
+    """Keep only these compounds; empty keeps all."""
+    drop_compounds: tuple[str, ...] = ()
+    """Leave these compounds out of the study."""
+
+    @property
+    def tables_folder(self) -> Path:
+        """Folder in which the tables lie."""
+        return self.tables or self.path
+
+
+class Bbbc021Screen(ScreenBase):
+    """`[screen]` with `layout = "bbbc021"`: the tables and folders of BBBC021v1."""
+
+    layout: Literal["bbbc021"]
+    taxol: Literal["kensert2019", "all"] = "kensert2019"
+    """Which wells of taxol, the positive control of every plate, are kept: those of Week1 plates in wells D0x, or all."""
+
+
+class Bbbc014Screen(ScreenBase):
+    """`[screen]` with `layout = "bbbc014"`: `Channel {1|2}-NN-R-CC-00.Bmp` of one 96-well plate, labels by column."""
+
+    layout: Literal["bbbc014"]
+
+
+class ManifestColumns(Settings):
+    """`[screen.columns]`: which column of the manifest says what; keys that are left out are not in the table."""
+
+    plate: str
+    """Name of the plate."""
+    well: str
+    """Well, as `B06`."""
+    compound: str
+    """Name of the compound; on control wells the value of `control`."""
+    concentration: str | None = None
+    """Concentration, a number in `unit`."""
+    label: str | None = None
+    """What is to be predicted, as the mechanism of action; empty cells are unlabelled."""
+    batch: str | None = None
+    """Batch (week, experiment)."""
+    field: str | None = None
+    """Number of the field in its well; without it, fields count in the order of their rows."""
+    replicate: str | None = None
+    """Replicate; without it, the wells of a treatment count as its replicates."""
+
+
+class ManifestScreen(ScreenBase):
+    """`[screen]` with `layout = "manifest"`: one table, a row for each field or for each channel of a field."""
+
+    layout: Literal["manifest"]
+    table: str
+    """File name of the table (CSV or Parquet) in the folder of the tables."""
+    separator: str = ","
+    """Separator of a CSV table."""
+    columns: ManifestColumns
+    """The table's columns."""
+    rows: Literal["field", "channel"] = "field"
+    """Whether a row is a field or one channel of a field."""
+    channels: tuple[str, ...] = Field(min_length=1, max_length=5)
+    """The channels in the order in which they are stored."""
+    files: dict[str, str] = Field(min_length=1)
+    """For `rows = "field"`, the file of each channel, or `all` for one file with all channels; for `rows = "channel"`,
+    `all` for the file and `channel` for the column that names the channel. Each is a template over the table's columns,
+    as `images/{Plate}/{File}.tif`; the first column without a name is `{index}`."""
+    batch_pattern: str | None = None
+    """Regular expression whose first group takes the batch out of the plate's name, when no column holds it."""
+    unit: str = "uM"
+    """Unit of the concentrations."""
+    control: str = "DMSO"
+    """The compound that marks control wells."""
+
+
+ScreenSettings = Annotated[Bbbc021Screen | Bbbc014Screen | ManifestScreen, Field(discriminator="layout")]
+
+
+class ConvertSettings(Settings):
+    """`[convert]`: raw fields to 8-bit tiles."""
+
+    store: UserPath | None = None
+    """Folder of the converted store; by default `store` in the study's folder. Studies may share one."""
+    preprocessing: Literal["kensert2019", "none"] = "kensert2019"
+    """`kensert2019`: Anscombe transform, z-score on the plate's DMSO pixels, joint min-max of an image to 0..255.
+    `none`: 8-bit pixels as they are."""
+    tile_grid: tuple[int, int] = (2, 2)
+    """Tiles in a field: rows, columns. A rest that does not divide is refused."""
+    empty_above: int = Field(50, ge=0, le=255)
+    """A tile's value counts as signal above this grey level."""
+    empty_fraction: float = Field(0.002, ge=0, lt=1)
+    """A tile is set aside when the fraction of its values that are signal is at most this; 0 keeps every tile that has any signal."""
+    shard_fields: int = Field(16, ge=1)
+    """Fields in one shard, the unit of work of one task."""
+    on_bad_field: Literal["fail", "skip"] = "fail"
+    """A field that can't be read: refuse its plate, or set the field aside and count it."""
+
+
+class FoldsSettings(Settings):
+    """`[folds]`: what is held out."""
+
+    by: str = "compound"
+    """Column of the fields table whose values are held out one by one: `compound`, or for example `cell_line`, `batch`."""
+    on_single_compound: Literal["fail", "drop"] = "fail"
+    """A label with a single compound can't be learnt when that compound is held out: refuse, or drop the label."""
+
+
+class TrainSettings(Settings):
+    """`[train]`: how one network is fitted to one fold. Everything here changes the result."""
+
+    epochs: int = Field(10, ge=1)
+    """Epochs, fixed before training: the held-out compound never chooses."""
+    batch_size: int = Field(32, ge=1)
+    """Tiles in one step, all ranks together."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Learning rate of the first step."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the steps: constant, or half a cosine down to zero."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of stochastic gradient descent."""
+    class_weights: bool = True
+    """Weight a tile's loss by n / (classes * n_class)."""
+    augment: Literal["none", "rotations", "kensert2019"] = "kensert2019"
+    """`rotations`: one of eight rotations and mirrors. `kensert2019`: these, channel gain, blur and noise."""
+    input_scaling: Literal["raw", "keras"] = "raw"
+    """`raw`: the network sees 0..255, as in the paper; `keras`: scaled as keras.applications defines it for the network."""
+    batch_norm_momentum: float | None = Field(None, ge=0, lt=1)
+    """Momentum of the moving statistics of batch normalisation; by default the network's own (often 0.99)."""
+    predict_rotations: bool = False
+    """Average the predictions of a tile over its eight rotations and mirrors."""
+
+
+class SweepSettings(Settings):
+    """`[sweep]`: the grid of runs, and how they are packed into jobs."""
+
+    networks: tuple[str, ...] = ("ResNet50",)
+    """Names of keras.applications, with arguments where wanted: `ResNet50`, `MobileNet(alpha=0.25)`."""
+    weights: tuple[str, ...] = ("imagenet",)
+    """Where training starts: `imagenet`, `xavier`, or the path of a weights file in keras.applications' layout."""
+    seeds: tuple[int, ...] = (0,)
+    """One run for each seed."""
+    tile_px: int | None = Field(None, ge=32, le=1024)
+    """Side of a tile in pixels; by default each network's own input size (224, or 299 for the Inceptions)."""
+    ranks: int = Field(1, ge=1)
+    """Processes that train one run together, by Horovod; with one, Horovod is not needed."""
+    parallel_jobs: int = Field(1, ge=1)
+    """Jobs that run here at the same time."""
+    runs_per_job: int = Field(0, ge=0)
+    """Runs that share a job's processes; 0 divides the runs evenly among `parallel_jobs`."""
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Self:
+        for key in ("networks", "weights", "seeds"):
+            values = getattr(self, key)
+            if not values:
+                raise ValueError(f"{key} is empty")
+            if len(set(values)) != len(values):
+                raise ValueError(f"{key} names a value twice: {listing(values)}")
+        return self
+
+
+class AggregateSettings(Settings):
+    """`[aggregate]`: tile predictions to calls."""
+
+    combine: Literal["mean", "median"] = "mean"
+    """How probabilities are combined on each level: their mean, or the paper's element-wise median, renormalised."""
+
+
+class Job(Settings):
+    """A whole job file."""
+
+    study: StudySettings
+    screen: ScreenSettings
+    convert: ConvertSettings = ConvertSettings()
+    folds: FoldsSettings = FoldsSettings()
+    train: TrainSettings = TrainSettings()
+    sweep: SweepSettings = SweepSettings()
+    aggregate: AggregateSettings = AggregateSettings()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.train.batch_size % self.sweep.ranks:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} can't be shared equally by sweep.ranks {self.sweep.ranks}; "
+                "choose a multiple"
+            )
+        return self
+
+
+def load_job(path: Path | str, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file.
+
+    Parameters
+    ----------
+    path
+        The TOML file.
+    overrides
+        Settings that replace those of the file, each `section.key=value` with the value in TOML
+        (a bare word is taken as a string).
+
+    Raises
+    ------
+    UsageError
+        The file is missing or not TOML, a key is unknown (the valid ones are listed), or a value is not allowed.
+    """
+    path = Path(path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such job file. Examples lie in jobs/, for instance jobs/demo.toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise UsageError(f"{path}: not a TOML file: {fault}") from None
+    except OSError as fault:
+        raise UsageError(f"{path}: can't be read: {fault.strerror}") from None
+    for override in overrides:
+        _apply_override(document, override)
+    return parse_job(document, str(path))
+
+
+def parse_job(document: dict[str, Any], source: str) -> Job:
+    """Validate a job given as nested dictionaries; `source` names it in messages."""
+    try:
+        return Job.model_validate(document)
+    except ValidationError as fault:
+        raise UsageError("\n".join(_explain(error, document, source) for error in fault.errors())) from None
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = [part.strip() for part in key.split(".")]
+    if not equals or not sections or not name:
+        raise UsageError(f"--set {override}: expected section.key=value, for instance --set train.epochs=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = document
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override}: {section} is not a section")
+    table[name] = value
+
+
+def _explain(error: Any, document: dict[str, Any], source: str) -> str:
+    """One line on one pydantic error: where, what was found, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    if len(location) > 1 and location[0] == "screen" and location[1] in ("bbbc021", "bbbc014", "manifest"):
+        del location[1]
+    where = f"{source}: {'.'.join(location)}: " if location else f"{source}: "
+    match error["type"]:
+        case "extra_forbidden":
+            valid = _valid_keys(location[:-1], document)
+            return f"{where}unknown {'key' if len(location) > 1 else 'section'}. Valid here: {', '.join(valid)}."
+        case "missing":
+            return f"{where}missing. {_documentation(location, document)}".rstrip()
+        case "union_tag_invalid" | "union_tag_not_found":
+            found = document.get("screen", {}).get("layout", "nothing")
+            return f"{where}layout is {found!r}. Allowed: 'bbbc021', 'bbbc014', 'manifest'."
+        case _:
+            found = "" if isinstance(error["input"], dict | BaseModel) else f"found {error['input']!r}. "
+            message = error["msg"].removeprefix("Value error, ")
+            return f"{where}{found}{message}."
+
+
+def _section_class(path: Sequence[str], document: dict[str, Any]) -> type[BaseModel]:
+    model: Any = Job
+    for part in path:
+        if part == "screen":
+            layout = document.get("screen", {}).get("layout")
+            model = {"bbbc021": Bbbc021Screen, "bbbc014": Bbbc014Screen}.get(layout, ManifestScreen)
+        else:
+            model = model.model_fields[part].annotation
+    return model
+
+
+def _valid_keys(path: Sequence[str], document: dict[str, Any]) -> list[str]:
+    return list(_section_class(path, document).model_fields)
+
+
+def _documentation(location: Sequence[str], document: dict[str, Any]) -> str:
+    field = _section_class(location[:-1], document).model_fields.get(location[-1])
+    return (field.description or "").replace("\n", " ") if field else ""
