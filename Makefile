@@ -1,38 +1,42 @@
-# Two commands for a newcomer, `make demo` and `make test`; each first builds the locked environment in .venv.
-# Needs python3 (3.11), a C++ compiler and make. uv comes from PyPI into .uv, Horovod is compiled once and cached.
+# Two commands for a newcomer, `make demo` and `make test`. Each first builds the locked environment in .venv: uv comes
+# from PyPI into .uv, and Horovod is compiled once (uv keeps it). Needed: Python 3.11, a C++ compiler and make.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-UV := .uv/bin/uv
-RUN := $(UV) run --locked --no-sync
+IN_VENV := .venv/bin/
 .DEFAULT_GOAL := help
 
-.PHONY: help env demo real test lint bench clean
+.PHONY: help env demo real test lint bench
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
 
 env: .venv/.locked  ## the locked environment, in .venv
 
 .venv/.locked: pyproject.toml uv.lock .uv/bin/uv
-	$(UV) sync --locked --python $(PYTHON) --extra cpu --extra horovod
+	.uv/bin/uv sync --locked --python "$(PYTHON)" --extra cpu --extra horovod
 	@touch $@
 
 .uv/bin/uv:
-	@./containers/check_machine.sh "$(PYTHON)"
-	@$(PYTHON) -m venv .uv
-	@.uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	@test -n "$(PYTHON)" || { echo "cellhpc needs Python 3.11, and there is no python3 here. Install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "cellhpc needs Python 3.11; $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "cellhpc needs Python's venv module; $(PYTHON) lacks it. On Debian: apt-get install python3-venv" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "cellhpc compiles Horovod and needs a C++ compiler; there is no $(CXX). On Debian: apt-get install g++" >&2; exit 1; }
+	@rm -rf .uv && "$(PYTHON)" -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 || { rm -rf .uv; exit 1; }
 
 demo: env  ## a synthetic BBBC021 screen, from raw plates to the report, on two Horovod ranks
-	$(RUN) cellhpc synth bbbc021 demo/raw --preset demo
-	$(RUN) cellhpc run jobs/demo.toml
+	$(IN_VENV)cellhpc synth bbbc021 demo/raw --preset demo
+	$(IN_VENV)cellhpc run jobs/demo.toml
+
+real: env  ## the 660 real BBBC021 fields in $CELLHPC_DATA, pre-trained against Xavier
+	$(IN_VENV)cellhpc run jobs/bbbc021_subset.toml
 
 test: env  ## the tests
-	$(RUN) pytest
+	$(IN_VENV)pytest
 
 lint: env  ## ruff and mypy
-	$(RUN) ruff check .
-	$(RUN) ruff format --check .
-	$(RUN) mypy
+	$(IN_VENV)ruff check .
+	$(IN_VENV)ruff format --check .
+	$(IN_VENV)mypy
 
-bench: env  ## every benchmark: a table, and one JSON line
-	@set -e; for bench in tests/bench/*.py; do echo "== $$bench"; $(RUN) python $$bench; done
+bench: env  ## every benchmark: a table, and one line of JSON
+	@set -e; for bench in tests/bench/*.py; do echo "== $$bench"; $(IN_VENV)python $$bench; done

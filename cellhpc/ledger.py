@@ -1,8 +1,8 @@
 """Units of work on disk: digests, done markers, atomic writes, provenance.
 
-A unit of work is a folder. Its outputs are written first, each by an atomic rename; its marker `done.json` comes last and
-carries the digest of all that went into it. A unit whose marker holds the expected digest is finished; anything else is
-done again. Nothing is ever half there under its final name.
+A unit of work is a folder. Its outputs are written first, each by an atomic rename; its marker `done.json` comes last
+and carries the digest of all that went into it. A unit whose marker holds the expected digest is finished;
+anything else is done again. Nothing is ever half there under its final name.
 """
 
 from __future__ import annotations

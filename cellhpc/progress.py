@@ -36,7 +36,11 @@ def progress(title: str, total: float, unit: str) -> Iterator[Advance]:
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=total, note="")
-            yield lambda amount, note="": bar.update(task, advance=amount, note=note)
+
+            def move(amount: float, note: str = "") -> None:
+                bar.update(task, advance=amount, note=note)
+
+            yield move
         return
 
     done, last, began = 0.0, time.monotonic(), time.monotonic()

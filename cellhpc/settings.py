@@ -1,8 +1,8 @@
 """The job file: frozen, documented, validated settings for each stage of a study.
 
-A job file is TOML with the sections `[study]`, `[screen]`, `[convert]`, `[folds]`, `[train]`, `[sweep]` and `[aggregate]`.
-Each class below is one section: its fields are the keys, their docstrings the documentation. Paths may hold
-`~` and `${VARIABLES}` of the environment; relative ones start where the command is run.
+A job file is TOML with the sections `[study]`, `[screen]`, `[convert]`, `[folds]`, `[train]`, `[sweep]` and
+`[aggregate]`. Each class below is one section: its fields are the keys, their docstrings the documentation. Paths may
+hold `~` and `${VARIABLES}` of the environment; relative ones start where the command is run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Bbbc021Screen(ScreenBase):
 
     layout: Literal["bbbc021"]
     taxol: Literal["kensert2019", "all"] = "kensert2019"
-    """Which wells of taxol, the positive control of every plate, are kept: those of Week1 plates in wells D0x, or all."""
+    """Wells of taxol, the positive control of every plate, that are kept: those of Week1 plates in D0x, or all."""
 
 
 class Bbbc014Screen(ScreenBase):
@@ -105,8 +105,8 @@ class ManifestScreen(ScreenBase):
     layout: Literal["manifest"]
     table: str
     """File name of the table (CSV or Parquet) in the folder of the tables."""
-    separator: str = ","
-    """Separator of a CSV table."""
+    separator: str = Field(",", min_length=1, max_length=1)
+    """Separator of a CSV table, one character."""
     columns: ManifestColumns
     """The table's columns."""
     rows: Literal["field", "channel"] = "field"
@@ -115,14 +115,41 @@ class ManifestScreen(ScreenBase):
     """The channels in the order in which they are stored."""
     files: dict[str, str] = Field(min_length=1)
     """For `rows = "field"`, the file of each channel, or `all` for one file with all channels; for `rows = "channel"`,
-    `all` for the file and `channel` for the column that names the channel. Each is a template over the table's columns,
-    as `images/{Plate}/{File}.tif`; the first column without a name is `{index}`."""
+    `all` for the file and `channel` for the name of the channel. Each is a template over the table's columns,
+    as `images/{Plate}/{File}.tif` or `{Channel}`; the first column without a name is `{index}`."""
     batch_pattern: str | None = None
     """Regular expression whose first group takes the batch out of the plate's name, when no column holds it."""
     unit: str = "uM"
     """Unit of the concentrations."""
     control: str = "DMSO"
     """The compound that marks control wells."""
+    labels: tuple[str, ...] = ()
+    """The labels that are allowed; empty allows all."""
+    extra_columns: tuple[str, ...] = ()
+    """More columns of the table to carry along, for instance one that `folds.by` names."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        wanted = {"all", "channel"} if self.rows == "channel" else set(self.channels)
+        if set(self.files) != wanted and (self.rows == "channel" or set(self.files) != {"all"}):
+            alone = "" if self.rows == "channel" else ", or all alone"
+            raise ValueError(
+                f'files has the keys {listing(self.files)}; with rows = "{self.rows}" it needs {listing(wanted)}{alone}'
+            )
+        if self.rows == "channel" and "{" not in self.files["channel"]:
+            raise ValueError(f'files.channel is {self.files["channel"]!r}; it needs a column in braces: "{{Channel}}"')
+        if len(set(self.channels)) != len(self.channels):
+            raise ValueError(f"channels names one twice: {listing(self.channels)}")
+        if self.batch_pattern is not None:
+            if self.columns.batch is not None:
+                raise ValueError("columns.batch and batch_pattern both tell the batch; keep one of them")
+            try:
+                groups = re.compile(self.batch_pattern).groups
+            except re.error as fault:
+                raise ValueError(f"batch_pattern {self.batch_pattern!r} is no regular expression: {fault}") from None
+            if not groups:
+                raise ValueError(f"batch_pattern {self.batch_pattern!r} has no group; put the batch in round brackets")
+        return self
 
 
 ScreenSettings = Annotated[Bbbc021Screen | Bbbc014Screen | ManifestScreen, Field(discriminator="layout")]
@@ -141,7 +168,7 @@ class ConvertSettings(Settings):
     empty_above: int = Field(50, ge=0, le=255)
     """A tile's value counts as signal above this grey level."""
     empty_fraction: float = Field(0.002, ge=0, lt=1)
-    """A tile is set aside when the fraction of its values that are signal is at most this; 0 keeps every tile that has any signal."""
+    """A tile is set aside when at most this fraction of its values is signal; with 0, when nothing is."""
     shard_fields: int = Field(16, ge=1)
     """Fields in one shard, the unit of work of one task."""
     on_bad_field: Literal["fail", "skip"] = "fail"
@@ -152,7 +179,7 @@ class FoldsSettings(Settings):
     """`[folds]`: what is held out."""
 
     by: str = "compound"
-    """Column of the fields table whose values are held out one by one: `compound`, or for example `cell_line`, `batch`."""
+    """Column of the fields table whose values are held out one by one: `compound`, or for example `cell_line`."""
     on_single_compound: Literal["fail", "drop"] = "fail"
     """A label with a single compound can't be learnt when that compound is held out: refuse, or drop the label."""
 
@@ -175,7 +202,7 @@ class TrainSettings(Settings):
     augment: Literal["none", "rotations", "kensert2019"] = "kensert2019"
     """`rotations`: one of eight rotations and mirrors. `kensert2019`: these, channel gain, blur and noise."""
     input_scaling: Literal["raw", "keras"] = "raw"
-    """`raw`: the network sees 0..255, as in the paper; `keras`: scaled as keras.applications defines it for the network."""
+    """`raw`: the network sees 0..255, as in the paper; `keras`: scaled as keras.applications does for the network."""
     batch_norm_momentum: float | None = Field(None, ge=0, lt=1)
     """Momentum of the moving statistics of batch normalisation; by default the network's own (often 0.99)."""
     predict_rotations: bool = False
@@ -277,15 +304,28 @@ def parse_job(document: dict[str, Any], source: str) -> Job:
         raise UsageError("\n".join(_explain(error, document, source) for error in fault.errors())) from None
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *sections, name = [part.strip() for part in key.split(".")]
-    if not equals or not sections or not name:
-        raise UsageError(f"--set {override}: expected section.key=value, for instance --set train.epochs=5")
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value` of `--set`; the value is TOML, or a bare word for a string.
+
+    Raises
+    ------
+    UsageError
+        There is no key or no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text}: expected KEY=VALUE, for instance --set train.epochs=5")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        return key.strip(), value.strip()
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    *sections, name = [part.strip() for part in key.split(".")]
+    if not sections or not name:
+        raise UsageError(f"--set {override}: expected section.key=value, for instance --set train.epochs=5")
     table = document
     for section in sections:
         table = table.setdefault(section, {})

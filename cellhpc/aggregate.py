@@ -1,0 +1,397 @@
+"""Finished runs to results: scores, tables, figures and the report of a study.
+
+`aggregate` reads the runs that are done, checks that they belong together and that nothing leaked, and writes into
+`STUDY/results/`:
+
+- `scores.json`, described below and by the JSON Schema `cellhpc/scores.schema.json`;
+- `treatments.csv`, `wells.csv`, `fields.csv`: call and probabilities of every unit and model;
+- `confusion-<model>.png|svg|csv` and `confusion.png|svg`, all models side by side;
+- `learning-curves.png|svg`;
+- `report.html`, one page that needs no network;
+- `done.json`, the marker: with the same runs and settings a second call does nothing.
+
+`scores.json` (`cellhpc-scores/1`)::
+
+    study, complete, headline     name; whether every planned run is in; sentences, what is missing first
+    combine, classes, abbreviations, folds.{by, sha256, total}, runs.{done, expected, missing}
+    models[]                      one for each network and initialisation
+      network, initialisation, weights, slug, seeds
+      levels_of                   "seed 0", or "ensemble of 3 seeds (mean probability of each tile)"
+      levels.{tile, field, well, treatment}.{correct, total, accuracy, wilson95, bootstrap95}
+      by_seed.SEED.{folds.{done, total, missing}, levels}
+      confusion                   counts of treatments: rows true, columns called, in the order of classes
+      by_compound[], wrong[]      right treatments of each compound; the treatments that were wrong
+      curves.{all, SEED}.{tile, field, well, treatment}.{correct, total}      lists, an entry an epoch, folds pooled
+      cost.{runs, epochs, hours, images_per_s, ranks, memory_mb}
+    baselines.{chance, majority, batch_only}
+    provenance, settings          versions, hosts, commits; the resolved job file
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cellhpc import figures, ledger, scores
+from cellhpc.errors import DataError, listing
+from cellhpc.folds import Folds, read_folds
+from cellhpc.report import render_report, render_scores
+
+__all__ = ["SCHEMA", "aggregate", "render_scores"]
+
+SCHEMA = "cellhpc-scores/1"
+_TABLES = {"treatment": "treatments.csv", "well": "wells.csv", "field": "fields.csv"}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a finished run left: `run.json`, the epochs of `history.json`, and its tile predictions."""
+
+    id: str
+    facts: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    predictions: pd.DataFrame
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Network and initialisation."""
+        return self.facts["network"], self.facts["initialisation"]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.facts["seed"])
+
+    @property
+    def fold(self) -> str:
+        """Name of the run's fold."""
+        return str(self.facts["fold"]["name"])
+
+
+def aggregate(
+    study: Path, job_name: str, runs: Sequence[Path], classes: Sequence[str], how: scores.How = "mean"
+) -> dict[str, Any]:
+    """Score the finished runs of a study and write its results.
+
+    Parameters
+    ----------
+    study
+        The study's folder; holds `folds.json`, and `job.json` if the settings are to be in the report.
+    job_name
+        Name of the study.
+    runs
+        Folders of all runs that are planned, finished or not.
+    classes
+        Classes in the order of the probabilities.
+    how
+        How probabilities are combined.
+
+    Returns
+    -------
+    dict
+        The document of `results/scores.json`.
+
+    Raises
+    ------
+    DataError
+        No run is finished; or runs do not belong together (another split, other classes), predict a compound that they
+        trained on, hold one out twice, or hold tables that are no predictions. Every problem is listed.
+    """
+    results = study / "results"
+    finished = [folder for folder in runs if ledger.done_digest(folder) is not None]
+    if not finished:
+        raise DataError(
+            f"{study}: none of the {len(runs)} runs is finished, there is nothing to aggregate.",
+            remedy="Train them first, with: cellhpc train JOB.toml",
+        )
+    settings = ledger.read_json(study / "job.json") if (study / "job.json").exists() else {}
+    folds = read_folds(study / "folds.json")
+    inputs = ledger.digest(
+        {
+            "schema": SCHEMA,
+            "version": metadata.version("cellhpc"),
+            "study": job_name,
+            "runs": {folder.name: _identity(folder) for folder in finished},
+            "expected": sorted(folder.name for folder in runs),
+            "classes": list(classes),
+            "how": how,
+            "folds": folds.sha256,
+            "settings": settings,
+        }
+    )
+    if ledger.is_done(results, inputs) and (results / "scores.json").exists():
+        document: dict[str, Any] = ledger.read_json(results / "scores.json")
+        return document
+
+    models: dict[tuple[str, str], list[FinishedRun]] = defaultdict(list)
+    for run in _read_runs(finished, classes, folds):
+        models[run.model].append(run)
+    scored = [_score_model(model_runs, classes, how, folds) for model_runs in models.values()]
+    wells = pd.concat([tables["well"] for _, tables in scored]).drop_duplicates(["fold", "plate", "well"])
+    missing = [folder.name for folder in runs if folder not in set(finished)]
+    headline = _headline([model for model, _ in scored], len(finished), len(runs), missing)
+    if folds.by not in wells:
+        headline.append(f"Not checked for leaks: the predictions have no column {folds.by}, which the folds hold out.")
+    document = {
+        "schema": SCHEMA,
+        "study": job_name,
+        "complete": not missing,
+        "headline": headline,
+        "combine": how,
+        "classes": list(classes),
+        "abbreviations": figures.abbreviate(classes),
+        "folds": {"by": folds.by, "sha256": folds.sha256, "total": len(folds.folds)},
+        "runs": {"done": len(finished), "expected": len(runs), "missing": missing},
+        "models": [model for model, _ in scored],
+        "baselines": scores.baselines(wells, classes),
+        "provenance": {
+            "runs": _origin(run.facts for group in models.values() for run in group),
+            "aggregate": ledger.provenance(),
+        },
+        "settings": settings,
+    }
+    _write(results, document, scored, inputs)
+    return document
+
+
+def _identity(folder: Path) -> list[Any]:
+    """Tell a run from a later one in the same folder: its digest, and the sizes and times of its files."""
+    files = [folder / name for name in ("run.json", "history.json", "predictions.parquet")]
+    found = [file.stat() for file in files if file.exists()]
+    return [ledger.done_digest(folder), *((facts.st_size, facts.st_mtime_ns) for facts in found)]
+
+
+def _read_runs(folders: Iterable[Path], classes: Sequence[str], folds: Folds) -> list[FinishedRun]:
+    """Read finished runs and refuse those that can't be scored together."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            facts = ledger.read_json(folder / "run.json")
+            epochs = ledger.read_json(folder / "history.json")["epochs"]
+            predictions = pq.ParquetFile(folder / "predictions.parquet").read().to_pandas()
+        except (OSError, ValueError, KeyError, pa.ArrowException) as fault:
+            problems.append(f"{folder.name}: can't be read: {fault!s}".splitlines()[0])
+            continue
+        run = FinishedRun(folder.name, facts, epochs, predictions.assign(fold=str(facts["fold"]["name"])))
+        problems += _problems_of(run, classes, folds)
+        runs.append(run)
+    problems += _problems_between(runs)
+    if problems:
+        raise DataError(
+            "The finished runs can't be scored together.",
+            problems,
+            "Remove the run folders that are named, then type: cellhpc run JOB.toml",
+        )
+    return runs
+
+
+def _problems_of(run: FinishedRun, classes: Sequence[str], folds: Folds) -> list[str]:
+    """List what is wrong with one run, by itself and against the split."""
+    problems = []
+    if run.facts["folds_sha256"] != folds.sha256:
+        problems.append(f"split {run.facts['folds_sha256'][:12]}, the study's folds.json has {folds.sha256[:12]}")
+    for where, found in (("run.json", run.facts["classes"]), ("predictions", scores.classes_of(run.predictions))):
+        if list(found) != list(classes):
+            order = " in another order" if sorted(found) == sorted(classes) else ""
+            problems.append(f"classes in {where} are {', '.join(found)}; expected{order}: {', '.join(classes)}")
+    planned = {fold.name: set(fold.held_out) for fold in folds.folds}
+    held_out = set(run.facts["fold"]["held_out"])
+    if planned.get(run.fold) != held_out:
+        problems.append(
+            f"fold {run.fold} holds out {listing(held_out)}; folds.json: {listing(planned.get(run.fold, ()))}"
+        )
+    if folds.by in run.predictions:
+        leaked = set(run.predictions[folds.by].astype(str)) - held_out
+        if leaked:
+            problems.append(f"predicts {folds.by} {listing(leaked)}, which its fold {run.fold} trained on: a leak")
+        unseen = held_out - set(run.predictions[folds.by].astype(str))
+        if unseen:
+            problems.append(f"no predictions of {folds.by} {listing(unseen)}, which its fold {run.fold} holds out")
+    if not run.epochs:
+        problems.append("its history has no epochs")
+    if not problems:
+        try:
+            scores.check_probabilities(run.predictions)
+        except DataError as fault:
+            problems.append(" ".join(str(fault).split()))
+    return [f"{run.id}: {problem}" for problem in problems]
+
+
+def _problems_between(runs: Sequence[FinishedRun]) -> list[str]:
+    """List what is wrong among runs: held out twice by one model and seed, or histories of different lengths."""
+    problems = []
+    held_out: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for run in runs:
+        for value in run.facts["fold"]["held_out"]:
+            held_out[(*run.model, run.seed, value)].append(run.id)
+    for (network, start, seed, value), ids in held_out.items():
+        if len(ids) > 1:
+            problems.append(
+                f"{network}, {start}, seed {seed}: {value} is held out by {len(ids)} runs: {', '.join(ids)}"
+            )
+    epochs: dict[tuple[str, str], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        epochs[run.model][len(run.epochs)].append(run.id)
+    for model, lengths in epochs.items():
+        if len(lengths) > 1:
+            found = "; ".join(f"{length} epochs in {listing(ids, 3)}" for length, ids in sorted(lengths.items()))
+            problems.append(f"{', '.join(model)}: histories of different lengths: {found}")
+    return problems
+
+
+def _score_model(
+    runs: Sequence[FinishedRun], classes: Sequence[str], how: scores.How, folds: Folds
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """Score one network from one initialisation: its entry in `scores.json`, and the tables of its calls."""
+    network, start = runs[0].model
+    seeds = sorted({run.seed for run in runs})
+    by_seed, tiles = {}, []
+    for seed in seeds:
+        own = [run for run in runs if run.seed == seed]
+        tiles.append(pd.concat([run.predictions for run in own], ignore_index=True))
+        absent = sorted({fold.name for fold in folds.folds} - {run.fold for run in own})
+        by_seed[str(seed)] = {
+            "folds": {"done": len(own), "total": len(folds.folds), "missing": absent},
+            "levels": scores.score(scores.combine(tiles[-1], how)),
+        }
+    tables = scores.combine(scores.average_tables(tiles) if len(seeds) > 1 else tiles[0], how)
+    treatments = tables["treatment"]
+    several = f"ensemble of {len(seeds)} seeds (mean probability of each tile)"
+    model = {
+        "network": network,
+        "initialisation": start,
+        "weights": str(runs[0].facts["weights"]),
+        "slug": re.sub(r"[^\w.]+", "-", f"{network} {start}").strip("-"),
+        "seeds": seeds,
+        "levels_of": several if len(seeds) > 1 else f"seed {seeds[0]}",
+        "levels": scores.score(tables),
+        "by_seed": by_seed,
+        "confusion": scores.confusion(treatments, classes).to_numpy().tolist(),
+        "by_compound": scores.by_compound(treatments).to_dict("records"),
+        "wrong": [
+            {
+                **{name: str(row[name]) for name in ("treatment", "compound", "label", "call")},
+                "p_call": float(row[scores.PREFIX + row["call"]]),
+                "p_label": float(row[scores.PREFIX + row["label"]]),
+            }
+            for row in treatments[~treatments["correct"]].to_dict("records")
+        ],
+        "curves": {
+            "all": _curves(runs),
+            **{str(seed): _curves([run for run in runs if run.seed == seed]) for seed in seeds},
+        },
+        "cost": _cost(runs),
+    }
+    return model, tables
+
+
+def _curves(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[int]]]:
+    """Held-out counts of each epoch at each level, summed over runs."""
+    return {
+        level: {
+            count: [
+                sum(int(epoch["held_out"][level][count]) for epoch in same)
+                for same in zip(*(run.epochs for run in runs), strict=True)
+            ]
+            for count in ("correct", "total")
+        }
+        for level in scores.LEVELS
+    }
+
+
+def _cost(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """Time, speed and size of runs; a run whose record holds no time counts with that of its epochs."""
+    seconds = (run.facts.get("seconds") or sum(epoch["seconds"] for epoch in run.epochs) for run in runs)
+    speeds = [epoch["images_per_s"] for run in runs for epoch in run.epochs[1:] or run.epochs]
+    memory = [run.facts["memory_mb"] for run in runs if run.facts.get("memory_mb")]
+    return {
+        "runs": len(runs),
+        "epochs": len(runs[0].epochs),
+        "hours": sum(seconds) / 3600,
+        "images_per_s": float(statistics.median(speeds)),
+        "ranks": sorted({int(run.facts.get("ranks", 1)) for run in runs}),
+        "memory_mb": max(memory, default=None),
+    }
+
+
+def _origin(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Distinct hosts, commits and versions of runs; a commit with changed files ends in `+`."""
+    hosts, commits, pythons = set(), set(), set()
+    versions: dict[str, set[str]] = defaultdict(set)
+    for fact in facts:
+        hosts.update([fact["host"]] if "host" in fact else [])
+        pythons.update([fact["python"]] if "python" in fact else [])
+        commits.update([fact["commit"] + ("+" if fact.get("dirty") else "")] if "commit" in fact else [])
+        for package, version in fact.get("versions", {}).items():
+            versions[package].add(version)
+    return {
+        "hosts": sorted(hosts),
+        "commits": sorted(commits),
+        "python": sorted(pythons),
+        "versions": {package: sorted(found) for package, found in sorted(versions.items())},
+    }
+
+
+def _headline(models: Sequence[dict[str, Any]], done: int, expected: int, missing: Sequence[str]) -> list[str]:
+    """Say what is missing, then the accuracy of each model in one sentence."""
+    sentences = []
+    if missing:
+        sentences.append(f"Incomplete: {done} of {expected} runs are finished. Missing: {listing(missing, 6)}.")
+    for model in models:
+        at = model["levels"]["treatment"]
+        low, high = at["wilson95"]
+        sentence = (
+            f"{model['network']}, {model['initialisation']}: {at['correct']} of {at['total']} treatments, "
+            f"{100 * at['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}; {model['levels_of']})"
+        )
+        for seed, entry in model["by_seed"].items():
+            folds = entry["folds"]
+            if folds["missing"]:
+                which = f" of seed {seed}" if len(model["seeds"]) > 1 else ""
+                sentence += (
+                    f"; {folds['done']} of {folds['total']} folds{which}, without {listing(folds['missing'], 6)}"
+                )
+        sentences.append(sentence + ".")
+    return sentences
+
+
+def _write(
+    results: Path,
+    document: dict[str, Any],
+    scored: Sequence[tuple[dict[str, Any], dict[str, pd.DataFrame]]],
+    inputs: str,
+) -> None:
+    """Write all results, the marker last; remove the matrices of models that an earlier aggregation had."""
+    (results / ledger.DONE).unlink(missing_ok=True)
+    classes = document["classes"]
+    for level, name in _TABLES.items():
+        parts = {(model["network"], model["initialisation"]): tables[level] for model, tables in scored}
+        named = pd.concat(parts, names=["network", "initialisation"]).reset_index(level=[0, 1])
+        ledger.write_table(results / name, named)
+    matrices, pictures = {}, {}
+    for model, _ in scored:
+        title = f"{model['network']}, {model['initialisation']}"
+        matrix = pd.DataFrame(model["confusion"], index=pd.Index(classes, name="label"), columns=classes)
+        name = f"confusion-{model['slug']}"
+        matrices[title] = matrix
+        pictures[name] = figures.save(figures.confusion_figure(matrix, title), results / f"{name}.png")
+        ledger.write_table(results / f"{name}.csv", matrix.reset_index())
+    pictures["confusion"] = figures.save(figures.confusions_figure(matrices), results / "confusion.png")
+    curves = figures.learning_curves_figure(document["models"], len(classes))
+    pictures["learning-curves"] = figures.save(curves, results / "learning-curves.png")
+    ledger.write_json(results / "scores.json", document)
+    ledger.write_text(results / "report.html", render_report(document, pictures))
+    for path in results.glob("confusion-*"):
+        if path.stem not in pictures:
+            path.unlink()
+    ledger.mark_done(results, inputs)

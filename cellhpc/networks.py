@@ -1,0 +1,222 @@
+"""Keras backbones, their weights, and the head that is put on them.
+
+`NETWORKS` is known without TensorFlow, so that a job file is checked and planned on a machine that has none.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellhpc.errors import DataError, UsageError
+
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "convnext": ("ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtSmall", "ConvNeXtTiny", "ConvNeXtXLarge"),
+    "densenet": ("DenseNet121", "DenseNet169", "DenseNet201"),
+    "efficientnet": tuple(f"EfficientNetB{k}" for k in range(8)),
+    "efficientnet_v2": tuple(f"EfficientNetV2{k}" for k in ("B0", "B1", "B2", "B3", "S", "M", "L")),
+    "inception_resnet_v2": ("InceptionResNetV2",),
+    "inception_v3": ("InceptionV3",),
+    "mobilenet": ("MobileNet",),
+    "mobilenet_v2": ("MobileNetV2",),
+    "mobilenet_v3": ("MobileNetV3Large", "MobileNetV3Small"),
+    "nasnet": ("NASNetLarge", "NASNetMobile"),
+    "resnet": ("ResNet50", "ResNet101", "ResNet152"),
+    "resnet_v2": ("ResNet50V2", "ResNet101V2", "ResNet152V2"),
+    "vgg16": ("VGG16",),
+    "vgg19": ("VGG19",),
+    "xception": ("Xception",),
+}
+NETWORKS = {name: family for family, names in _FAMILIES.items() for name in names}
+"""The networks of keras.applications, each with the module that holds its input scaling."""
+
+_SIDES_PX = {"InceptionResNetV2": 299, "InceptionV3": 299, "Xception": 299, "NASNetLarge": 331}
+WEIGHTLESS = ("imagenet", "xavier")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of keras.applications and the arguments of its constructor."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def side_px(self) -> int:
+        """Side of the network's own square input, in pixels."""
+        return _SIDES_PX.get(self.name, 224)
+
+    @property
+    def slug(self) -> str:
+        """Name for folders and files, as `MobileNet-alpha0.25`."""
+        return "-".join([self.name, *(f"{key}{value}" for key, value in self.arguments)])
+
+
+def parse_network(text: str) -> Network:
+    """Read a network's name with its arguments, as `ResNet50` or `MobileNet(alpha=0.25)`.
+
+    Raises
+    ------
+    UsageError
+        The text is neither, or keras.applications has no such network.
+    """
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else None
+        name = ast.unparse(call.func if call else node)
+        positional = bool(call and call.args)
+        arguments = tuple((str(word.arg), ast.literal_eval(word.value)) for word in call.keywords) if call else ()
+    except (SyntaxError, ValueError):
+        positional = True
+    if positional:
+        raise UsageError(
+            f"sweep.networks: {text!r} is no network. Write it as ResNet50 or MobileNet(alpha=0.25)."
+        ) from None
+    if name not in NETWORKS:
+        raise UsageError(f"sweep.networks: keras.applications has no {name!r}. Allowed: {', '.join(sorted(NETWORKS))}.")
+    return Network(name, arguments)
+
+
+def initialisation(weights: str) -> str:
+    """Short name of where training starts: `imagenet`, `xavier`, or the stem of the weights file."""
+    return weights if weights in WEIGHTLESS else Path(weights).stem
+
+
+def weights_digest(weights: str) -> str:
+    """Identify the initial weights: their name, or the SHA-256 of the file.
+
+    Raises
+    ------
+    UsageError
+        There is no such file.
+    """
+    if weights in WEIGHTLESS:
+        return weights
+    path = Path(weights)
+    if not path.is_file():
+        raise UsageError(
+            f"sweep.weights: {weights}: no such file. Allowed: imagenet, xavier, or the path of a .h5 file."
+        )
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def build(network: Network, side_px: int, channels: int, classes: int, weights: str) -> Any:
+    """Build a network with its head: global average pooling and a dense layer of logits.
+
+    Parameters
+    ----------
+    network, weights
+        What to build and where to start: `imagenet` (Keras fetches or has cached the file), `xavier` (Glorot uniform,
+        Keras's own initialisation), or the path of a file in keras.applications' layout without top.
+    side_px, channels
+        Shape of a tile: (side_px, side_px, channels).
+    classes
+        Number of logits.
+
+    Returns
+    -------
+    keras.Model
+        From float32 (n, side_px, side_px, channels) to float32 logits (n, classes).
+
+    Raises
+    ------
+    UsageError
+        The constructor refuses the arguments or the size.
+    DataError
+        The weights don't fit the network; the message says which layer and which shapes.
+    """
+    import keras
+
+    constructor = getattr(keras.applications, network.name)
+    extra = (
+        {"include_preprocessing": False}
+        if network.name.startswith(("EfficientNetV2", "MobileNetV3", "ConvNeXt"))
+        else {}
+    )
+    arguments = {**extra, **dict(network.arguments)}
+    shape = (side_px, side_px, channels)
+    try:
+        backbone = constructor(
+            include_top=False,
+            weights="imagenet" if weights == "imagenet" else None,
+            input_shape=shape,
+            pooling="avg",
+            **arguments,
+        )
+    except (TypeError, ValueError) as fault:
+        raise UsageError(
+            f"keras.applications.{network.name} with input {shape} and {arguments or 'no arguments'}: {fault}"
+        ) from None
+    except Exception as fault:
+        # Keras raises a bare Exception when its download of the weights fails.
+        if weights != "imagenet":
+            raise
+        raise DataError(
+            f"the ImageNet weights of {network.name} are neither cached nor to be had: {str(fault).splitlines()[0]}",
+            remedy="Fetch the file where there is internet, and give its path in sweep.weights.",
+        ) from None
+    if weights not in WEIGHTLESS:
+        _load_weights(backbone, Path(weights), network)
+    logits = keras.layers.Dense(classes, name="logits", dtype="float32")(backbone.output)
+    return keras.Model(backbone.input, logits, name=network.slug.replace("-", "_").replace(".", "_"))
+
+
+def scale_input(network: Network, tiles: Any) -> Any:
+    """Scale float grey levels 0..255 (n, y, x, 3) as keras.applications defines it for the network."""
+    module = importlib.import_module(f"keras.applications.{NETWORKS[network.name]}")
+    return module.preprocess_input(tiles)
+
+
+def _load_weights(backbone: Any, path: Path, network: Network) -> None:
+    """Load a legacy HDF5 file layer by layer, after a comparison that names the first layer that differs."""
+    import h5py
+
+    remedy = f"Give the file of {network.slug} without top, in the layout of keras.applications."
+    layers = [layer for layer in backbone.layers if layer.weights]
+    try:
+        with h5py.File(path) as file:
+            group = file.get("model_weights", file)
+            stored = [(name, _stored_shapes(group[name])) for name in map(_text, group.attrs["layer_names"])]
+    except (OSError, KeyError) as fault:
+        raise DataError(
+            f"{path}: not a weights file in the layout of keras.applications: {fault}", remedy=remedy
+        ) from None
+    stored = [(name, shapes) for name, shapes in stored if shapes]
+    for position, (layer, (name, shapes)) in enumerate(zip(layers, stored, strict=False), start=1):
+        wanted = [tuple(weight.shape) for weight in _legacy_order(layer)]
+        if shapes != wanted:
+            raise DataError(
+                f"{path}: layer {position} is {name!r} with shapes {_shapes(shapes)}; "
+                f"{network.slug} has {layer.name!r} with shapes {_shapes(wanted)} there.",
+                remedy=remedy,
+            )
+    if len(stored) != len(layers):
+        spare = (
+            "with top?" if len(stored) > len(layers) else f"the first that is missing is {layers[len(stored)].name!r}"
+        )
+        raise DataError(
+            f"{path}: holds {len(stored)} layers with weights, {network.slug} has {len(layers)} ({spare}).",
+            remedy=remedy,
+        )
+    backbone.load_weights(path)
+
+
+def _legacy_order(layer: Any) -> list[Any]:
+    return [*layer.trainable_weights, *layer.non_trainable_weights]
+
+
+def _stored_shapes(group: Any) -> list[tuple[int, ...]]:
+    return [tuple(group[_text(name)].shape) for name in group.attrs["weight_names"]]
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)

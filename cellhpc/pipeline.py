@@ -1,0 +1,227 @@
+"""The road from raw plates to a result: plan a study, carry out what is missing, record it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellhpc.aggregate import aggregate
+from cellhpc.convert import ConversionPlan, convert, plan_conversion
+from cellhpc.errors import DataError, UsageError
+from cellhpc.folds import Folds, plan_folds, read_folds, write_folds
+from cellhpc.launch import run_here
+from cellhpc.ledger import is_done, read_json
+from cellhpc.progress import progress
+from cellhpc.screens import Screen, read_screen, require_sound
+from cellhpc.settings import Job
+from cellhpc.study import StudyFolder
+from cellhpc.sweep import Run, TrainingJob, pack, plan_runs, tile_sizes_px
+
+FILES_OF_A_RUN = 4
+"""History, predictions, record and marker."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All that a study will do, as data: nothing is written to make it.
+
+    Attributes
+    ----------
+    job, folder, screen
+        The settings, where everything goes, and what was imaged.
+    conversion, folds, runs
+        What is to be converted, split and trained; finished parts included.
+    converted
+        Whether the store was finished when the plan was made.
+    missing
+        The runs that were not done when the plan was made.
+    """
+
+    job: Job
+    folder: StudyFolder
+    screen: Screen
+    conversion: ConversionPlan
+    folds: Folds
+    runs: tuple[Run, ...]
+    converted: bool
+    missing: tuple[Run, ...]
+
+    @property
+    def training_jobs(self) -> list[TrainingJob]:
+        """The missing runs, packed into jobs."""
+        return pack(self.missing, self.job, os.cpu_count() or 1)
+
+    @property
+    def steps(self) -> int:
+        """Training steps of the missing runs, if no tile is set aside as empty."""
+        used = self.folds.used(self.screen.fields)
+        held_out = {fold.name: int(self.folds.held_out(self.screen.fields, fold).sum()) for fold in self.folds.folds}
+        tiles_per_field = self.job.convert.tile_grid[0] * self.job.convert.tile_grid[1]
+        batches = (
+            max(1, (int(used.sum()) - held_out[run.fold.name]) * tiles_per_field // self.job.train.batch_size)
+            for run in self.missing
+        )
+        return sum(batches) * self.job.train.epochs
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training."""
+        sweep = self.job.sweep
+        totals = self.conversion.totals()
+        return {
+            "study": self.job.study.name,
+            "folder": str(self.folder.path),
+            "conversion": {"store": str(self.conversion.store), "finished": self.converted, **totals},
+            "folds": {"by": self.folds.by, "number": len(self.folds.folds), "sha256": self.folds.sha256},
+            "labels": list(self.folds.classes),
+            "labels_dropped": list(self.folds.dropped),
+            "training": {
+                "networks": list(sweep.networks),
+                "weights": list(sweep.weights),
+                "seeds": list(sweep.seeds),
+                "runs": len(self.runs),
+                "runs_missing": len(self.missing),
+                "steps_missing": self.steps,
+                "tiles_in_memory_bytes": totals["tiles"]
+                * len(self.conversion.channels)
+                * max(tile_sizes_px(self.job)) ** 2,
+                "jobs": len(self.training_jobs),
+                "ranks": sweep.ranks,
+                "files": len(self.runs) * FILES_OF_A_RUN,
+            },
+        }
+
+    def render(self) -> str:
+        """Tell the plan in a few lines, for `--dry-run`."""
+        facts = self.facts()
+        training = facts["training"]
+        dropped = f"; dropped: {', '.join(self.folds.dropped)}" if self.folds.dropped else ""
+        return "\n".join(
+            [
+                f"Plan of {self.job.study.name} in {self.folder.path}. Nothing has been written.",
+                self.conversion.render(),
+                f"Hold out each {self.folds.by}",
+                f"  folds   {len(self.folds.folds)}, of {len(self.folds.classes)} labels{dropped}; "
+                f"split {self.folds.sha256[:12]}",
+                f"Train {' and '.join(training['networks'])} from {' and '.join(training['weights'])}",
+                f"  runs    {training['runs']:,}, of which {training['runs_missing']:,} are missing",
+                f"  steps   {training['steps_missing']:,} of {self.job.train.batch_size} tiles at most",
+                f"  jobs    {training['jobs']:,}, each run on {training['ranks']} rank(s); "
+                f"tiles in memory of a rank: {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most",
+                f"  write   about {training['files']:,} files",
+            ]
+        )
+
+
+def plan_study(job: Job) -> StudyPlan:
+    """Plan a study from its job: read the screen's tables, split, and list what is missing.
+
+    Raises
+    ------
+    UsageError, DataError
+        The job or the screen's tables are wrong.
+    """
+    sizes = tile_sizes_px(job)
+    screen = read_screen(job.screen)
+    require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
+    folder = StudyFolder(job.study.folder)
+    folds = plan_folds(screen.fields, job.folds)
+    conversion = plan_conversion(job.convert, screen, sizes, folder.store(job))
+    runs = plan_runs(job, folds, conversion.digest)
+    missing = tuple(run for run in runs if not is_done(folder.runs / run.id, run.digest))
+    return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
+
+
+def run_study(
+    job: Job, stages: Sequence[str] = ("convert", "train", "aggregate")
+) -> tuple[StudyPlan, dict[str, Any] | None]:
+    """Do what is missing of a study's stages.
+
+    Parameters
+    ----------
+    job
+        The settings.
+    stages
+        Which of `convert`, `train` and `aggregate`; a stage needs the ones before it to be done.
+
+    Returns
+    -------
+    plan
+        What was missing when the call began.
+    scores
+        The document of `results/scores.json`; None unless `aggregate` is among the stages.
+    """
+    plan = plan_study(job)
+    with plan.folder.locked():
+        plan.folder.claim(job)
+        _keep_folds(plan)
+        if "convert" in stages:
+            convert(plan.conversion)
+        if "train" in stages:
+            _train(plan)
+        scores = _aggregate(plan) if "aggregate" in stages else None
+    return plan, scores
+
+
+def _keep_folds(plan: StudyPlan) -> None:
+    """Write the split, or check that the study still has the one it began with."""
+    path = plan.folder.folds
+    if not path.exists():
+        write_folds(path, plan.folds)
+    elif (known := read_folds(path)).sha256 != plan.folds.sha256:
+        raise UsageError(
+            f"{path} holds another split ({known.sha256[:12]}) than the screen gives now ({plan.folds.sha256[:12]}): "
+            "the screen's tables or [folds] changed. Choose another folder with --set study.folder=..., or remove this one."
+        )
+
+
+def _train(plan: StudyPlan) -> None:
+    """Train the missing runs; a run that is done is counted with all its epochs from the start."""
+    if not plan.missing:
+        return
+    epochs = plan.job.train.epochs
+    title = f"Training {len(plan.missing)} run(s) on {plan.job.sweep.ranks} rank(s)"
+    seen: dict[str, int] = {}
+    for run in plan.missing:
+        (plan.folder.runs / run.id / "history.json").unlink(missing_ok=True)
+    with progress(title, len(plan.missing) * epochs, "epochs") as advance:
+
+        def watch() -> None:
+            for run in plan.missing:
+                if seen.get(run.id, 0) < epochs:
+                    done, note = _epochs_done(plan.folder.runs / run.id, run)
+                    if done > seen.get(run.id, 0):
+                        advance(done - seen.get(run.id, 0), note)
+                        seen[run.id] = done
+
+        try:
+            run_here(plan.folder, plan.training_jobs, plan.job.sweep.parallel_jobs, watch)
+        finally:
+            watch()
+
+
+def _epochs_done(unit: Path, run: Run) -> tuple[int, str]:
+    try:
+        epochs = read_json(unit / "history.json")["epochs"]
+    except FileNotFoundError:
+        return 0, ""
+    return len(epochs), f"{run.id}: loss {epochs[-1]['loss']:.3f}, {epochs[-1]['images_per_s']:.0f} images/s"
+
+
+def _aggregate(plan: StudyPlan) -> dict[str, Any]:
+    """Score the finished runs of the plan."""
+    folders = [plan.folder.runs / run.id for run in plan.runs]
+    stale = [
+        run.id
+        for run, unit in zip(plan.runs, folders, strict=True)
+        if (unit / "done.json").exists() and not is_done(unit, run.digest)
+    ]
+    if stale:
+        raise DataError(
+            f"{len(stale)} run(s) were made with other settings, store or weights than the job file names now.",
+            stale,
+            "Train them again with: cellhpc train JOB.toml",
+        )
+    return aggregate(plan.folder.path, plan.job.study.name, folders, plan.folds.classes, plan.job.aggregate.combine)

@@ -1,0 +1,225 @@
+"""The seam to Horovod: one process or many, the same verbs.
+
+Each rank is a process that starts by itself (a local process, an srun task); there is no mpirun and no ssh. The
+environment says who it is: `CELLHPC_RANK`, `CELLHPC_RANKS` and `CELLHPC_MEETING`, a folder of this one attempt that all
+ranks can see. There every rank leaves its host's name; rank 0 then starts Horovod's rendezvous on the interface that
+leads to the others and leaves its address. With one rank Horovod is never imported.
+
+After an error in a collective operation the process can't use Horovod again: end it, and start all ranks anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+
+from cellhpc.errors import UserError
+from cellhpc.ledger import read_json, write_json
+
+RANK, RANKS, MEETING = "CELLHPC_RANK", "CELLHPC_RANKS", "CELLHPC_MEETING"
+MEETING_SECONDS = 300.0
+"""How long ranks wait for each other at the start; importing TensorFlow on a busy machine can take a minute."""
+
+
+class Ranks(Protocol):
+    """The processes that train one run together."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Set these tf.Variables on all ranks to their values on rank 0."""
+
+    def mean(self, tensors: Sequence[Any]) -> list[Any]:
+        """Mean over the ranks of each tensor; works inside a tf.function. All ranks call it with the same shapes."""
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Concatenate each rank's rows (n_rank, ...) in the order of the ranks, on all ranks."""
+
+    def equal(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Tell whether these arrays are bit for bit the same on all ranks."""
+
+
+class OneRank:
+    """A run in one process: every verb is what it is for a single rank."""
+
+    rank = 0
+    size = 1
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Do nothing: the values are rank 0's."""
+
+    def mean(self, tensors: Sequence[Any]) -> list[Any]:
+        """Return the tensors."""
+        return list(tensors)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows."""
+        return rows
+
+    def equal(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Return True."""
+        return True
+
+
+class HorovodRanks:
+    """A run in several processes, joined by Horovod."""
+
+    def __init__(self, horovod: Any) -> None:
+        self._horovod = horovod
+        self.rank: int = horovod.rank()
+        self.size: int = horovod.size()
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Set these tf.Variables on all ranks to their values on rank 0."""
+        self._horovod.broadcast_variables(list(variables), root_rank=0)
+
+    def mean(self, tensors: Sequence[Any]) -> list[Any]:
+        """Mean over the ranks of each tensor, in one grouped all-reduce."""
+        return list(self._horovod.grouped_allreduce(list(tensors), op=self._horovod.Average))
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Concatenate each rank's rows in the order of the ranks."""
+        return np.asarray(self._horovod.allgather(rows))
+
+    def equal(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Compare SHA-256 digests of the arrays' bytes over the ranks."""
+        checksum = hashlib.sha256()
+        for array in arrays:
+            checksum.update(np.ascontiguousarray(array).tobytes())
+        digests = self.gather(np.frombuffer(checksum.digest(), np.uint8)[None])
+        return bool((digests == digests[0]).all())
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the ranks that the environment names; without it, this process is the only rank.
+
+    Raises
+    ------
+    UserError
+        Horovod is not installed, or the other ranks did not come within `MEETING_SECONDS`.
+    """
+    size = int(os.environ.get(RANKS, "1"))
+    if size == 1:
+        yield OneRank()
+        return
+    try:
+        import horovod.tensorflow as horovod
+    except ImportError:
+        raise UserError(
+            f"{size} ranks need Horovod, which is not installed here. Install the extra horovod as the README shows, "
+            "or use one rank: --set sweep.ranks=1"
+        ) from None
+    with _meeting(int(os.environ[RANK]), size, Path(os.environ[MEETING])):
+        horovod.init()
+        ranks = HorovodRanks(horovod)
+        ranks.gather(np.zeros(1))  # all have come: until then some may still ask the rendezvous
+    try:
+        yield ranks
+    finally:
+        horovod.shutdown()
+
+
+@contextlib.contextmanager
+def _meeting(rank: int, size: int, folder: Path) -> Iterator[None]:
+    """Tell Horovod in the environment who is who; on rank 0, serve its rendezvous for as long as the start needs."""
+    write_json(folder / f"rank-{rank}.json", {"host": socket.gethostname()})
+    server = None
+    if rank == 0:
+        hosts = [_wait_for(folder / f"rank-{other}.json", f"rank {other}")["host"] for other in range(size)]
+        server, document = _serve(hosts)
+        write_json(folder / "rendezvous.json", document)
+    meeting = _wait_for(folder / "rendezvous.json", "rank 0")
+    slot = meeting["slots"][rank]
+    os.environ.update(
+        {f"HOROVOD_{key.upper()}": str(value) for key, value in slot.items()},
+        HOROVOD_GLOO_RENDEZVOUS_ADDR=meeting["address"],
+        HOROVOD_GLOO_RENDEZVOUS_PORT=str(meeting["port"]),
+        HOROVOD_CONTROLLER="gloo",
+        HOROVOD_CPU_OPERATIONS="gloo",
+        HOROVOD_GLOO_IFACE=_interface_towards(meeting["address"]),
+    )
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+
+def _serve(hosts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Start Horovod's rendezvous for ranks on these hosts, and describe it: address, port and each rank's place."""
+    import threading
+
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    places = _slots(hosts)
+    others = [host for host in hosts if host != hosts[0]]
+    address = _address_towards(others[0]) if others else "127.0.0.1"
+    # The server knows no passwords: it listens on the job's own interface only, and only until all ranks have started.
+    server = RendezvousHTTPServer((address, 0), RendezvousHandler, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.init(_allocation(places))
+    return server, {"address": address, "port": server.server_address[1], "slots": places}
+
+
+def _slots(hosts: Sequence[str]) -> list[dict[str, Any]]:
+    """Horovod's numbers for each rank: its place on its host (local) and among the hosts (cross)."""
+    order = list(dict.fromkeys(hosts))
+    local = [list(hosts[:rank]).count(host) for rank, host in enumerate(hosts)]
+    slots = []
+    for rank, host in enumerate(hosts):
+        peers = [order.index(hosts[other]) for other in range(len(hosts)) if local[other] == local[rank]]
+        slots.append(
+            {
+                "hostname": host,
+                "rank": rank,
+                "size": len(hosts),
+                "local_rank": local[rank],
+                "local_size": list(hosts).count(host),
+                "cross_rank": sorted(peers).index(order.index(host)),
+                "cross_size": len(peers),
+            }
+        )
+    return slots
+
+
+def _allocation(slots: Sequence[dict[str, Any]]) -> list[Any]:
+    from horovod.runner.common.util.hosts import SlotInfo
+
+    return [SlotInfo(**slot) for slot in slots]
+
+
+def _address_towards(host: str) -> str:
+    """Return this host's address on the interface that leads to `host`; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((socket.gethostbyname(host), 9))
+        return str(probe.getsockname()[0])
+
+
+def _interface_towards(address: str) -> str:
+    """Name the network interface that leads to an address; Gloo would else bind to what the host's name resolves to."""
+    own = _address_towards(address)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            return name
+    raise UserError(f"no network interface has the address {own}, which leads to rank 0 at {address}")
+
+
+def _wait_for(path: Path, who: str, now: Callable[[], float] = time.monotonic) -> Any:
+    deadline = now() + MEETING_SECONDS
+    while not path.exists():
+        if now() > deadline:
+            raise UserError(f"{who} did not come to the meeting in {path.parent} within {MEETING_SECONDS:.0f} s")
+        time.sleep(0.05)
+    return read_json(path)

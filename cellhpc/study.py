@@ -1,0 +1,115 @@
+"""A study's folder: what lies where, and to which job file it belongs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellhpc.errors import UsageError, UserError
+from cellhpc.ledger import read_json, write_json
+from cellhpc.settings import Job
+
+LOCK = ".lock"
+FIXED_SECTIONS = ("screen", "convert", "folds", "train")
+"""Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where everything of a study lies."""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        """The resolved job file."""
+        return self.path / "job.json"
+
+    @property
+    def folds(self) -> Path:
+        """The compound splits."""
+        return self.path / "folds.json"
+
+    @property
+    def runs(self) -> Path:
+        """One folder for each run."""
+        return self.path / "runs"
+
+    @property
+    def jobs(self) -> Path:
+        """One folder for each job: what it was told to do, and its logs."""
+        return self.path / "jobs"
+
+    @property
+    def results(self) -> Path:
+        """Scores, tables, figures and the report."""
+        return self.path / "results"
+
+    def store(self, job: Job) -> Path:
+        """Folder of the converted store."""
+        return job.convert.store or self.path / "store"
+
+    def claim(self, job: Job) -> None:
+        """Bind the folder to a job file, or check that it is bound to this one.
+
+        Raises
+        ------
+        UsageError
+            The folder belongs to another job file; the message names what differs.
+        """
+        document = job.model_dump(mode="json")
+        if not self.job.exists():
+            if self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir()):
+                raise UsageError(
+                    f"study.folder {self.path} is not empty and holds no study. "
+                    "Choose another with --set study.folder=..."
+                )
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(self.job, document)
+            return
+        known = read_json(self.job)
+        differing = [
+            line for section in FIXED_SECTIONS for line in _differences(section, known.get(section), document[section])
+        ]
+        if known["study"]["name"] != job.study.name:
+            differing.insert(0, f"study.name is {job.study.name!r}, there {known['study']['name']!r}")
+        if differing:
+            raise UsageError(
+                "\n  - ".join([f"study.folder {self.path} belongs to another job file:", *differing])
+                + "\nChoose another folder with --set study.folder=..., or remove this one."
+            )
+        if known != document:
+            write_json(self.job, document)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study for this process: two commands at once would compute the same runs.
+
+        Raises
+        ------
+        UserError
+            Another command holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another cellhpc command is at work in {self.path}. Wait for it, or stop it."
+                ) from None
+            yield
+
+
+def _differences(where: str, known: Any, now: Any) -> list[str]:
+    if isinstance(known, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted({*known, *now})
+            for line in _differences(f"{where}.{key}", known.get(key), now.get(key))
+        ]
+    return [] if known == now else [f"{where} is {now!r}, there {known!r}"]

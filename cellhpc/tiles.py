@@ -1,0 +1,124 @@
+"""The converted store, for those who read it: an index of tiles, and their pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from cellhpc.convert_plan import ARRAYS, STORE
+from cellhpc.errors import DataError, UsageError, listing
+from cellhpc.ledger import read_json
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store of tiles.
+
+    Attributes
+    ----------
+    folder
+        Where it lies.
+    digest
+        Of the settings and the fields that it was made from.
+    channels
+        Names, in the order of the last axis.
+    tile_sizes_px
+        Sides of the tiles that it holds.
+    """
+
+    folder: Path
+    digest: str
+    channels: tuple[str, ...]
+    tile_sizes_px: tuple[int, ...]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Store:
+        """Open a store.
+
+        Raises
+        ------
+        UsageError
+            There is none, or its conversion is not finished.
+        """
+        folder = Path(folder)
+        try:
+            record = read_json(folder / STORE)
+        except (FileNotFoundError, NotADirectoryError):
+            state = "its conversion is not finished" if (folder / ARRAYS).exists() else "no store of tiles is there"
+            raise UsageError(f"{folder}: {state}. Type: cellhpc convert JOB.toml") from None
+        identity = record["identity"]
+        return cls(folder, record["digest"], tuple(identity["channels"]), tuple(identity["tile_sizes_px"]))
+
+    @cached_property
+    def tiles(self) -> pd.DataFrame:
+        """The tiles that are kept, sorted by plate, well, field and tile; columns as in ``tiles.parquet``."""
+        tiles = pd.read_parquet(self.folder / "tiles.parquet")
+        used = tiles[tiles["kept"] & (tiles["role"] == "treatment")]
+        return used.sort_values(["plate", "well", "field", "tile"], ignore_index=True)
+
+    @cached_property
+    def fields(self) -> pd.DataFrame:
+        """The fields that were read, with their quality figures; columns as in ``fields.parquet``."""
+        return pd.read_parquet(self.folder / "fields.parquet")
+
+    def read(self, tiles: pd.DataFrame, tile_px: int) -> np.ndarray:
+        """Read tiles.
+
+        Parameters
+        ----------
+        tiles
+            Rows of `tiles`, in any order; the columns plate and row are used.
+        tile_px
+            Side of the tiles, one of `tile_sizes_px`.
+
+        Returns
+        -------
+        ndarray
+            (n, tile_px, tile_px, channel) uint8, in the order of the given rows.
+
+        Raises
+        ------
+        UsageError
+            The store holds no tiles of this size.
+        DataError
+            A shard is missing or damaged.
+        """
+        if tile_px not in self.tile_sizes_px:
+            raise UsageError(
+                f"{self.folder} holds tiles of {listing(self.tile_sizes_px)} pixels, none of {tile_px}. "
+                "Choose another folder with --set convert.store=FOLDER, then type: cellhpc convert JOB.toml"
+            )
+        plates, rows = tiles["plate"].to_numpy(), tiles["row"].to_numpy()
+        pixels = np.empty((len(tiles), tile_px, tile_px, len(self.channels)), np.uint8)
+        for plate in pd.unique(plates):
+            array = zarr.open_array(self.folder / ARRAYS / plate / f"tiles_{tile_px}", mode="r")
+            mine = np.flatnonzero(plates == plate)
+            mine = mine[np.argsort(rows[mine], kind="stable")]
+            per_shard = array.shards[0] if array.shards else array.shape[0]
+            for part in np.split(mine, np.flatnonzero(np.diff(rows[mine] // per_shard)) + 1):
+                pixels[part] = self._read_shard(array, plate, rows[part])
+        return pixels
+
+    def _shard(self, array: zarr.Array, row: int) -> Path:
+        number = row // array.shards[0] if array.shards else 0
+        return self.folder / ARRAYS / array.path / f"c.{number}.0.0.0"
+
+    def _read_shard(self, array: zarr.Array, plate: str, rows: np.ndarray) -> np.ndarray:
+        """Read tiles of one shard, in rising rows: the whole range if most of it is wanted, else each tile."""
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        try:
+            if not (shard := self._shard(array, first)).exists():
+                raise FileNotFoundError(f"{shard.name} is missing")  # Zarr would read it as zeros
+            if last - first <= 2 * len(rows):
+                return np.asarray(array[first:last])[rows - first]
+            return np.asarray(array.oindex[rows])
+        except (OSError, ValueError, RuntimeError) as fault:
+            raise DataError(
+                f"{self.folder}: tiles {first} to {last - 1} of plate {plate} can't be read: {fault}",
+                remedy="Remove the store's folder, then type: cellhpc convert JOB.toml",
+            ) from None

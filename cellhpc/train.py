@@ -1,0 +1,339 @@
+"""One run: fit a network to one fold, step by step, and predict the held-out tiles.
+
+The step is our own: `ranks.mean` averages the gradients (Horovod's Keras layer silently does not, with Keras 3). A
+batch is shared by the ranks, so that every rank runs the same number of steps by construction, and a network without
+batch statistics learns the same on any number of ranks. Batch normalisation and augmentation see each rank's share; the
+moving statistics are averaged after each epoch, after which the weights of all ranks are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from cellhpc.errors import UserError
+from cellhpc.folds import Folds
+from cellhpc.ledger import is_done, mark_done, provenance, write_json, write_table
+from cellhpc.networks import Network, build, parse_network, scale_input
+from cellhpc.ranks import Ranks
+from cellhpc.scores import levels
+from cellhpc.settings import TrainSettings
+from cellhpc.sweep import Run
+from cellhpc.tiles import Store
+
+KEYS = (
+    "plate", "batch", "well", "field", "tile", "compound", "concentration", "unit", "treatment", "replicate", "label",
+)  # fmt: skip
+"""Columns of the predictions table before the probabilities `p_<class>`; the one that is held out follows, if it is none of these."""
+PREDICT_TILES = 64
+"""Tiles in one prediction step of a rank."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is asked: tiles in memory, and which of them are whose.
+
+    Attributes
+    ----------
+    pixels
+        uint8 (n, y, x, c), every used tile of the study; shared by all runs of the process.
+    tiles
+        Table (n rows) of the tiles.
+    classes
+        Labels in the order of the logits.
+    by
+        Column of the table that the folds hold out.
+    """
+
+    pixels: np.ndarray
+    tiles: pd.DataFrame
+    classes: tuple[str, ...]
+    by: str = "compound"
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Class number of each tile, int32 (n,)."""
+        return np.searchsorted(np.array(self.classes), self.tiles["label"].to_numpy(dtype=str)).astype(np.int32)
+
+
+def load_data(store: Store, folds: Folds, tile_px: int) -> Data:
+    """Read all used tiles of a store into memory."""
+    tiles = store.tiles[folds.used(store.tiles)].reset_index(drop=True)
+    return Data(store.read(tiles, tile_px), tiles, folds.classes, folds.by)
+
+
+class Trainer:
+    """A compiled network that runs share: its graph is traced once, its weights are set anew for each run.
+
+    Parameters
+    ----------
+    network
+        Name and arguments, as in `sweep.networks`.
+    data
+        The tiles.
+    settings
+        How to train.
+    ranks
+        The processes that train together.
+    """
+
+    def __init__(self, network: str, data: Data, settings: TrainSettings, ranks: Ranks) -> None:
+        import keras
+
+        self.network: Network = parse_network(network)
+        self.data = data
+        self.settings = settings
+        self.ranks = ranks
+        self._side_px, self._channels = data.pixels.shape[1], data.pixels.shape[3]
+        self._initial: tuple[tuple[str, int], list[np.ndarray]] | None = None
+        self.model = self._build("xavier")
+        self.optimizer = keras.optimizers.SGD(settings.learning_rate, momentum=settings.momentum)
+        self.optimizer.build(self.model.trainable_variables)
+        for layer in self.model.layers:
+            if settings.batch_norm_momentum is not None and isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = settings.batch_norm_momentum
+        self._variables = [variable.value for variable in self.model.trainable_variables]
+        self._statistics = [
+            variable.value for variable in self.model.non_trainable_variables if "float" in variable.dtype
+        ]
+        self._step, self._predict = self._graphs()
+
+    def _build(self, weights: str) -> Any:
+        return build(self.network, self._side_px, max(3, self._channels), len(self.data.classes), weights)
+
+    def _graphs(self) -> tuple[Any, Any]:
+        """Trace the training step and the prediction step."""
+        import tensorflow as tf
+
+        from cellhpc.augment import augment, orient
+
+        settings, model, ranks = self.settings, self.model, self.ranks
+        missing = max(0, 3 - self._channels)
+        side, channels = self._side_px, self._channels
+
+        def prepare(tiles: Any) -> Any:
+            tiles = tf.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, missing)))
+            return scale_input(self.network, tiles) if settings.input_scaling == "keras" else tiles
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec((None, side, side, channels), tf.uint8),
+                tf.TensorSpec((None,), tf.int32),
+                tf.TensorSpec((None,), tf.float32),
+                tf.TensorSpec((2,), tf.int32),
+            ]
+        )
+        def step(tiles: Any, targets: Any, weights: Any, seed: Any) -> Any:
+            tiles = prepare(augment(tf.cast(tiles, tf.float32), settings.augment, seed))
+            with tf.GradientTape() as tape:
+                logits = model(tiles, training=True)
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+                loss = tf.reduce_mean(weights * losses)
+                total = tf.add_n([loss, *model.losses])
+            # The loss travels with the gradients: all ranks see the same one, and stop at the same step.
+            *gradients, loss = ranks.mean([*tape.gradient(total, self._variables), loss])
+            self.optimizer.apply(gradients, model.trainable_variables)
+            return loss
+
+        @tf.function(input_signature=[tf.TensorSpec((None, side, side, channels), tf.uint8)])
+        def predict(tiles: Any) -> Any:
+            tiles = tf.cast(tiles, tf.float32)
+            orientations = range(8) if settings.predict_rotations else range(1)
+            count = tf.shape(tiles)[0]
+            views = [
+                tf.nn.softmax(model(prepare(orient(tiles, tf.fill((count,), k))), training=False)) for k in orientations
+            ]
+            return tf.add_n(views) / float(len(orientations))
+
+        return step, predict
+
+    def fit(
+        self, run: Run, folds: Folds, progress_file: Path | None = None
+    ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+        """Train one run and predict its held-out tiles.
+
+        Parameters
+        ----------
+        run
+            The run.
+        folds
+            The study's folds.
+        progress_file
+            Where rank 0 leaves the history after each epoch.
+
+        Returns
+        -------
+        history
+            One dictionary for each epoch: loss, learning rate, seconds, images/s, share of time waiting for data, and
+            the held-out accuracy.
+        predictions
+            One row a held-out tile: its keys and a probability for each class.
+
+        Raises
+        ------
+        UserError
+            The loss is not finite, or the weights of the ranks differ.
+        """
+        settings, tiles = self.settings, self.data.tiles
+        training = np.flatnonzero(folds.training(tiles, run.fold))
+        held_out = np.flatnonzero(folds.held_out(tiles, run.fold))
+        targets = self.data.targets
+        class_weights = _class_weights(targets[training], len(folds.classes)) if settings.class_weights else None
+        self._reset(run)
+        steps = max(1, len(training) // settings.batch_size)
+        share = settings.batch_size // self.ranks.size
+        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        history: list[dict[str, Any]] = []
+        predictions = pd.DataFrame()
+        for epoch in range(1, settings.epochs + 1):
+            began, waited, losses = time.perf_counter(), 0.0, []
+            order = np.random.default_rng([run.seed, epoch]).permutation(training)
+            order = np.resize(
+                order, steps * settings.batch_size
+            )  # repeats tiles only where there are fewer than one batch
+            for number in range(steps):
+                fetching = time.perf_counter()
+                batch = order[number * settings.batch_size :][: settings.batch_size][mine]
+                pixels, labels = self.data.pixels[batch], targets[batch]
+                weights = np.ones(len(batch), np.float32) if class_weights is None else class_weights[labels]
+                waited += time.perf_counter() - fetching
+                at = (epoch - 1) * steps + number
+                self.optimizer.learning_rate.assign(_learning_rate(settings, at, steps * settings.epochs))
+                loss = float(self._step(pixels, labels, weights, self._draw(run.seed, at)))
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"run {run.id}: the loss is {loss} at epoch {epoch}, step {number + 1} with learning rate "
+                        f"{float(self.optimizer.learning_rate):g}. Lower it: --set train.learning_rate=..."
+                    )
+                losses.append(loss)
+            self._agree(run, epoch)
+            seconds = time.perf_counter() - began
+            predictions = self.predict(held_out)
+            counts = levels(predictions, "mean")
+            history.append(
+                {
+                    "epoch": epoch,
+                    "loss": float(np.mean(losses)),
+                    "learning_rate": float(self.optimizer.learning_rate),
+                    "steps": steps,
+                    "seconds": seconds,
+                    "images_per_s": steps * settings.batch_size / seconds,
+                    "waiting_for_data": waited / seconds,
+                    "held_out": {
+                        level: {"correct": count["correct"], "total": count["total"]} for level, count in counts.items()
+                    },
+                }
+            )
+            if progress_file and self.ranks.rank == 0:
+                write_json(progress_file, {"epochs": history})
+        return history, predictions
+
+    def predict(self, rows: np.ndarray) -> pd.DataFrame:
+        """Predict tiles by their row numbers (n,), shared by the ranks; every rank gets the whole table."""
+        count, size = len(rows), self.ranks.size
+        mine = rows[self.ranks.rank :: size]
+        parts = [
+            np.asarray(self._predict(self.data.pixels[mine[start : start + PREDICT_TILES]]))
+            for start in range(0, len(mine), PREDICT_TILES)
+        ]
+        own = np.concatenate(parts) if parts else np.zeros((0, len(self.data.classes)), np.float32)
+        gathered = self.ranks.gather(own)
+        order = np.concatenate([np.arange(count)[rank::size] for rank in range(size)])
+        probabilities = np.empty_like(gathered)
+        probabilities[order] = gathered
+        keys = list(dict.fromkeys([*KEYS, self.data.by]))
+        table = self.data.tiles.iloc[rows][keys].reset_index(drop=True)
+        columns = [f"p_{label}" for label in self.data.classes]
+        return pd.concat([table, pd.DataFrame(probabilities, columns=columns)], axis=1)
+
+    def _reset(self, run: Run) -> None:
+        """Set weights and optimiser to the start of a run; the same on every rank, broadcast to be sure."""
+        import keras
+
+        if self._initial is None or self._initial[0] != (run.weights, run.seed):
+            keras.utils.set_random_seed(run.seed)
+            self._initial = (
+                (run.weights, run.seed),
+                [weight.copy() for weight in self._build(run.weights).get_weights()],
+            )
+        self.model.set_weights(self._initial[1])
+        for variable in self.optimizer.variables:
+            variable.assign(np.zeros(variable.shape, variable.dtype))
+        self.ranks.broadcast([weight.value for weight in self.model.weights if "float" in weight.dtype])
+
+    def _draw(self, seed: int, at: int) -> np.ndarray:
+        """Seed of the augmentation of one step on this rank, int32 (2,)."""
+        return np.random.default_rng([seed, at, self.ranks.rank, 1]).integers(0, 2**31 - 1, 2, np.int32)
+
+    def _agree(self, run: Run, epoch: int) -> None:
+        """Average the moving statistics over the ranks, then see that all ranks have the same weights."""
+        if self.ranks.size == 1:
+            return
+        if self._statistics:
+            for variable, value in zip(
+                self._statistics, self.ranks.mean([v.read_value() for v in self._statistics]), strict=True
+            ):
+                variable.assign(value)
+        if not self.ranks.equal(self.model.get_weights()):
+            raise UserError(f"run {run.id}: the weights of the {self.ranks.size} ranks differ after epoch {epoch}")
+
+
+def train_run(trainer: Trainer, run: Run, folds: Folds, folder: Path) -> None:
+    """Train a run into its folder, unless it is done; rank 0 writes.
+
+    The marker is written last: a run without it is done again from its start.
+    """
+    unit = folder / run.id
+    done_on_ranks = trainer.ranks.gather(np.array([[is_done(unit, run.digest)]], np.int32))
+    if done_on_ranks[0, 0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
+        return
+    began = time.time()
+    _, predictions = trainer.fit(run, folds, unit / "history.json")
+    if trainer.ranks.rank:
+        return
+    write_table(unit / "predictions.parquet", predictions)
+    write_json(
+        unit / "run.json",
+        {
+            "id": run.id,
+            "network": run.network,
+            "weights": run.weights,
+            "initialisation": run.initialisation,
+            "seed": run.seed,
+            "tile_px": run.tile_px,
+            "fold": {"name": run.fold.name, "held_out": list(run.fold.held_out)},
+            "folds_sha256": folds.sha256,
+            "digest": run.digest,
+            "classes": list(folds.classes),
+            "settings": trainer.settings.model_dump(mode="json"),
+            "ranks": trainer.ranks.size,
+            "training_tiles": int(folds.training(trainer.data.tiles, run.fold).sum()),
+            "held_out_tiles": len(predictions),
+            "parameters": int(trainer.model.count_params()),
+            "began": began,
+            "seconds": time.time() - began,
+            "memory_mb": psutil.Process().memory_info().rss / 1e6,
+            **provenance(),
+        },
+    )
+    mark_done(unit, run.digest)
+
+
+def _class_weights(targets: np.ndarray, classes: int) -> np.ndarray:
+    """Weights n / (classes * n_class), float32 (classes,)."""
+    counts = np.bincount(targets, minlength=classes)
+    return (len(targets) / (classes * np.maximum(counts, 1))).astype(np.float32)
+
+
+def _learning_rate(settings: TrainSettings, at: int, steps: int) -> float:
+    """Learning rate of step `at` of all `steps`."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * at / steps))

@@ -1,0 +1,28 @@
+"""A program that a test starts once for each rank: joins the others, uses each verb, and prints what it saw as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import tensorflow as tf
+
+from cellhpc.ranks import joined
+
+with joined() as ranks:
+    variable = tf.Variable([float(ranks.rank + 1)])
+    ranks.broadcast([variable])
+    averaged = ranks.mean([tf.constant([float(ranks.rank)]), tf.constant([[1.0, 2.0]])])
+    seen = {
+        "rank": ranks.rank,
+        "size": ranks.size,
+        "broadcast": variable.numpy().tolist(),
+        "mean": [tensor.numpy().tolist() for tensor in averaged],
+        "gather": ranks.gather(np.full((ranks.rank + 1, 2), ranks.rank, np.float32)).tolist(),
+        "equal": ranks.equal([np.ones(3)]),
+        "unequal": ranks.equal([np.full(3, ranks.rank)]),
+    }
+print("SAW " + json.dumps(seen))

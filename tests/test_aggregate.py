@@ -1,0 +1,259 @@
+"""A made-up study, aggregated: its numbers, its files, what is refused, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up import CLASSES, COMPOUNDS, make_study, predictions
+
+from cellhpc import ledger, scores
+from cellhpc.aggregate import aggregate
+from cellhpc.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete study of two models, aggregated once."""
+    study = tmp_path_factory.mktemp("study")
+    aggregate(study, "made-up", make_study(study), CLASSES)
+    return study
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(made, tmp_path / "study")
+
+
+def units(study: Path) -> list[Path]:
+    return sorted((study / "runs").iterdir())
+
+
+def again(study: Path, how: scores.How = "mean") -> dict[str, Any]:
+    return aggregate(study, "made-up", units(study), CLASSES, how)
+
+
+def change(unit: Path, **facts: Any) -> None:
+    ledger.write_json(unit / "run.json", {**ledger.read_json(unit / "run.json"), **facts})
+
+
+def violations(document: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "scores") -> list[str]:
+    """What contradicts a JSON Schema, for the keywords that ours uses."""
+    if "$ref" in schema:
+        return violations(document, root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root, where)
+    if "oneOf" in schema:
+        fitting = [part for part in schema["oneOf"] if not violations(document, part, root, where)]
+        return [] if len(fitting) == 1 else [f"{where}: fits {len(fitting)} alternatives"]
+    if "const" in schema or "enum" in schema:
+        return [] if document in schema.get("enum", [schema.get("const")]) else [f"{where}: {document!r}"]
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
+    allowed = schema.get("type", [*kinds, "number"])
+    for kind in [allowed] if isinstance(allowed, str) else allowed:
+        if isinstance(document, (int, float) if kind == "number" else kinds[kind]):
+            break
+    else:
+        return [f"{where}: {type(document).__name__}, not {allowed}"]
+    found = []
+    if isinstance(document, dict):
+        properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+        found += [f"{where}: lacks {key}" for key in schema.get("required", []) if key not in document]
+        for key, value in document.items():
+            if key not in properties and rest is False:
+                found.append(f"{where}: unknown key {key}")
+            elif key in properties or isinstance(rest, dict):
+                found += violations(value, properties.get(key, rest), root, f"{where}.{key}")
+    if isinstance(document, list):
+        if not schema.get("minItems", 0) <= len(document) <= schema.get("maxItems", len(document)):
+            found.append(f"{where}: {len(document)} items")
+        for number, value in enumerate(document):
+            found += violations(value, schema.get("items", {}), root, f"{where}[{number}]")
+    return found
+
+
+def test_scores_follow_the_schema_that_is_shipped(made: Path) -> None:
+    schema = json.loads(resources.files("cellhpc").joinpath("scores.schema.json").read_text())
+    document = ledger.read_json(made / "results" / "scores.json")
+    assert violations(document, schema, schema) == []
+    del document["models"][0]["levels"]["well"]
+    document["models"][1]["levels"]["tile"]["accuracy"] = "high"
+    assert violations(document, schema, schema) == [
+        "scores.models[0].levels: lacks well",
+        "scores.models[1].levels.tile.accuracy: str, not number",
+    ]
+
+
+def test_numbers_are_those_of_all_folds_together(made: Path) -> None:
+    document = ledger.read_json(made / "results" / "scores.json")
+    tiles = pd.concat([pd.read_parquet(unit / "predictions.parquet") for unit in units(made) if "xavier" in unit.name])
+    model = next(model for model in document["models"] if model["initialisation"] == "xavier")
+    for level, expected in scores.levels(tiles).items():
+        assert {key: model["levels"][level][key] for key in expected} == expected
+    treatments = scores.combine(tiles)["treatment"]
+    assert np.trace(model["confusion"]) == treatments["correct"].sum()
+    assert {row["treatment"] for row in model["wrong"]} == set(treatments[~treatments["correct"]]["treatment"])
+    assert sum(row["total"] for row in model["by_compound"]) == len(treatments) == 2 * len(COMPOUNDS)
+    assert document["baselines"]["chance"] == 1 / 3
+    assert document["baselines"]["majority"]["total"] == len(treatments)
+    assert (document["complete"], document["runs"]) == (True, {"done": 14, "expected": 14, "missing": []})
+
+
+def test_curves_pool_counts_over_folds_and_end_at_the_scores(made: Path) -> None:
+    for model in ledger.read_json(made / "results" / "scores.json")["models"]:
+        for level, counts in model["curves"]["all"].items():
+            assert len(counts["correct"]) == 3
+            assert counts["correct"][-1] == model["levels"][level]["correct"]
+            assert set(counts["total"]) == {model["levels"][level]["total"]}
+        assert model["cost"]["hours"] == pytest.approx(7 * 120 / 3600)
+        assert model["cost"]["images_per_s"] == 52.5  # the first epoch, at 51, compiles
+
+
+def test_tables_hold_calls_and_probabilities_of_every_model(made: Path) -> None:
+    for name, keys, units_of_a_model in (
+        ("treatments", ["treatment"], 14),
+        ("wells", ["plate", "well"], 42),
+        ("fields", ["plate", "well", "field"], 84),
+    ):
+        table = pd.read_csv(made / "results" / f"{name}.csv")
+        assert len(table) == 2 * units_of_a_model
+        assert not table.duplicated(["network", "initialisation", *keys]).any()
+        assert list(table.columns[:2]) == ["network", "initialisation"]
+        columns = [scores.PREFIX + label for label in CLASSES]
+        np.testing.assert_allclose(table[columns].sum(axis=1), 1)
+        assert (table["call"] == np.array(CLASSES)[table[columns].to_numpy().argmax(axis=1)]).all()
+        assert (table["correct"] == (table["call"] == table["label"])).all()
+
+
+def test_files(made: Path) -> None:
+    names = {path.name for path in (made / "results").iterdir()}
+    pictures = ("confusion", "confusion-ResNet50-imagenet", "confusion-ResNet50-xavier", "learning-curves")
+    expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
+    expected |= {f"confusion-ResNet50-{start}.csv" for start in ("imagenet", "xavier")}
+    expected |= {"scores.json", "report.html", "treatments.csv", "wells.csv", "fields.csv", "done.json"}
+    assert names == expected
+    matrix = pd.read_csv(made / "results" / "confusion-ResNet50-xavier.csv", index_col="label")
+    assert list(matrix.index) == list(matrix.columns) == list(CLASSES)
+
+
+def test_a_second_call_writes_nothing_and_a_change_does(study: Path) -> None:
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (study / "results").iterdir()}
+
+    before = times()
+    again(study)
+    assert times() == before
+    again(study, "median")
+    assert all(time > before[name] for name, time in times().items())
+    assert ledger.read_json(study / "results" / "scores.json")["combine"] == "median"
+
+
+def test_an_interrupted_aggregation_is_done_again(study: Path) -> None:
+    (study / "results" / "done.json").unlink()
+    (study / "results" / "confusion-gone.png").touch()
+    again(study)
+    assert (study / "results" / "done.json").exists()
+    assert not (study / "results" / "confusion-gone.png").exists()
+
+
+def test_seeds_make_an_ensemble(tmp_path: Path) -> None:
+    runs = make_study(tmp_path, starts=("xavier",), seeds=(3, 1))
+    (model,) = aggregate(tmp_path, "seeds", runs, CLASSES)["models"]
+    members = {seed: predictions(seed=seed + 80, skill=0.35) for seed in (1, 3)}
+    assert (model["seeds"], model["levels_of"]) == ([1, 3], "ensemble of 2 seeds (mean probability of each tile)")
+    for seed, table in members.items():
+        for level, at in scores.levels(table).items():
+            assert model["by_seed"][str(seed)]["levels"][level]["correct"] == at["correct"]
+    columns = [scores.PREFIX + name for name in CLASSES]
+    mean = members[1].assign(**((members[1][columns] + members[3][columns]) / 2))
+    assert model["levels"]["tile"]["correct"] == scores.levels(mean)["tile"]["correct"]
+    assert model["curves"]["all"]["tile"]["total"][0] == 2 * len(mean)
+
+
+def test_missing_folds_are_in_the_headline(study: Path) -> None:
+    for unit in units(study)[:2]:
+        (unit / "done.json").unlink()
+    document = again(study)
+    assert not document["complete"]
+    first, imagenet, xavier = document["headline"]
+    assert (
+        first == "Incomplete: 12 of 14 runs are finished. Missing: ResNet50_imagenet_s0_f00, ResNet50_imagenet_s0_f01."
+    )
+    assert "10 treatments" in imagenet
+    assert "5 of 7 folds, without AZ-A, PP-2" in imagenet
+    assert "folds" not in xavier
+    assert first in (study / "results" / "report.html").read_text()
+
+
+class TestRefusals:
+    def test_nothing_finished(self, study: Path) -> None:
+        for unit in units(study):
+            (unit / "done.json").unlink()
+        with pytest.raises(DataError, match=r"(?s)none of the 14 runs is finished.*cellhpc train"):
+            again(study)
+
+    def test_every_problem_is_listed_with_its_run(self, study: Path) -> None:
+        runs = units(study)
+        change(runs[0], folds_sha256="f" * 64)
+        change(runs[1], classes=[*reversed(CLASSES)])
+        (runs[2] / "predictions.parquet").write_bytes(b"torn")
+        ledger.write_json(runs[3] / "history.json", {"epochs": []})
+        with pytest.raises(DataError) as caught:
+            again(study)
+        text = str(caught.value)
+        for unit, words in zip(
+            runs, ("split ffffffffffff", "in another order", "can't be read", "no epochs"), strict=False
+        ):
+            assert any(line.startswith(f"{unit.name}: ") and words in line for line in caught.value.problems), text
+        assert "cellhpc run JOB.toml" in text
+
+    def test_a_compound_that_was_trained_on(self, study: Path) -> None:
+        first, second = units(study)[:2]
+        leaking = pd.concat([pd.read_parquet(unit / "predictions.parquet") for unit in (first, second)])
+        ledger.write_table(first / "predictions.parquet", leaking)
+        with pytest.raises(DataError, match=r"f00: predicts compound PP-2, which its fold AZ-A trained on: a leak"):
+            again(study)
+
+    def test_a_compound_that_is_held_out_twice(self, study: Path) -> None:
+        first = units(study)[0]
+        shutil.copytree(first, first.with_name("copy"))
+        with pytest.raises(DataError, match=r"ResNet50, imagenet, seed 0: AZ-A is held out by 2 runs: .*copy"):
+            again(study)
+
+    def test_a_fold_that_the_split_does_not_have(self, study: Path) -> None:
+        change(units(study)[0], fold={"name": "AZ-A", "held_out": ["AZ-A", "PP-2"]})
+        with pytest.raises(DataError, match=r"(?s)fold AZ-A holds out AZ-A, PP-2; folds.json: AZ-A.*no predictions of"):
+            again(study)
+
+    def test_columns_of_probabilities_in_another_order(self, study: Path) -> None:
+        path = units(study)[0] / "predictions.parquet"
+        table = pd.read_parquet(path)
+        ledger.write_table(path, table[[*table.columns[:-3], *reversed(table.columns[-3:])]])
+        with pytest.raises(
+            DataError, match=r"classes in predictions are Epithelial, DNA damage.*expected in another order"
+        ):
+            again(study)
+
+    def test_rows_that_are_no_probabilities(self, study: Path) -> None:
+        path = units(study)[0] / "predictions.parquet"
+        ledger.write_table(path, pd.read_parquet(path).assign(**{"p_Epithelial": 2.0}))
+        with pytest.raises(DataError, match=r"ResNet50_imagenet_s0_f00: .* hold no probabilities"):
+            again(study)
+
+    def test_a_tile_twice(self, study: Path) -> None:
+        path = units(study)[0] / "predictions.parquet"
+        table = pd.read_parquet(path)
+        ledger.write_table(path, pd.concat([table, table.head(1)]))
+        with pytest.raises(DataError, match="1 tiles are predicted more than once"):
+            again(study)
+
+    def test_histories_of_different_lengths(self, study: Path) -> None:
+        path = units(study)[0] / "history.json"
+        ledger.write_json(path, {"epochs": ledger.read_json(path)["epochs"][:2]})
+        with pytest.raises(DataError, match="2 epochs in ResNet50_imagenet_s0_f00; 3 epochs in"):
+            again(study)
