@@ -184,9 +184,9 @@ def _write(
         folder = recipe.store / ARRAYS / task.plate / f"tiles_{px}"
         for leftover in folder.glob(f"c.{task.shard}.*"):
             leftover.unlink()
-        with zarr.config.set({"threading.max_workers": 1}):
-            # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
-            array = zarr.open_array(folder, mode="r+", config={"write_empty_chunks": True})
+        # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
+        with zarr.config.set({"threading.max_workers": 1, "array.write_empty_chunks": True}):
+            array = zarr.open_array(folder, mode="r+")
             first = task.shard * recipe.shard_fields * recipe.grid[0] * recipe.grid[1]
             array[first : first + len(block)] = block
         shard = folder / f"c.{task.shard}.0.0.0"

@@ -173,7 +173,7 @@ def _keep_folds(plan: StudyPlan) -> None:
     elif (known := read_folds(path)).sha256 != plan.folds.sha256:
         raise UsageError(
             f"{path} holds another split ({known.sha256[:12]}) than the screen gives now ({plan.folds.sha256[:12]}): "
-            "the screen's tables or [folds] changed. Choose another folder with --set study.folder=..., or remove this one."
+            "the screen's tables or [folds] changed. Choose another folder (--set study.folder=...) or remove this."
         )
 
 

@@ -19,16 +19,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cellhpc.errors import UsageError, listing
 
 
-def _expand_path(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    unset = [name for name in re.findall(r"\$\{(\w+)\}", value) if name not in os.environ]
+def _expand_variables(text: str) -> str:
+    unset = [name for name in re.findall(r"\$\{(\w+)\}", text) if name not in os.environ]
     if unset:
         raise ValueError(f"the environment variable {unset[0]} is not set; type: export {unset[0]}=...")
-    return Path(os.path.expandvars(value)).expanduser().absolute()
+    return os.path.expandvars(text)
+
+
+def _expand_path(value: object) -> object:
+    return Path(_expand_variables(value)).expanduser().absolute() if isinstance(value, str) else value
+
+
+def _expand_weights(value: object) -> object:
+    if not isinstance(value, str) or value in ("imagenet", "xavier"):
+        return value
+    return str(Path(_expand_variables(value)).expanduser().absolute())
 
 
 UserPath = Annotated[Path, BeforeValidator(_expand_path)]
+Weights = Annotated[str, BeforeValidator(_expand_weights)]
 
 
 class Settings(BaseModel):
@@ -214,7 +223,7 @@ class SweepSettings(Settings):
 
     networks: tuple[str, ...] = ("ResNet50",)
     """Names of keras.applications, with arguments where wanted: `ResNet50`, `MobileNet(alpha=0.25)`."""
-    weights: tuple[str, ...] = ("imagenet",)
+    weights: tuple[Weights, ...] = ("imagenet",)
     """Where training starts: `imagenet`, `xavier`, or the path of a weights file in keras.applications' layout."""
     seeds: tuple[int, ...] = (0,)
     """One run for each seed."""

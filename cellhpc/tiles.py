@@ -96,29 +96,28 @@ class Store:
         plates, rows = tiles["plate"].to_numpy(), tiles["row"].to_numpy()
         pixels = np.empty((len(tiles), tile_px, tile_px, len(self.channels)), np.uint8)
         for plate in pd.unique(plates):
-            array = zarr.open_array(self.folder / ARRAYS / plate / f"tiles_{tile_px}", mode="r")
+            folder = self.folder / ARRAYS / plate / f"tiles_{tile_px}"
+            array = zarr.open_array(folder, mode="r")
             mine = np.flatnonzero(plates == plate)
             mine = mine[np.argsort(rows[mine], kind="stable")]
-            per_shard = array.shards[0] if array.shards else array.shape[0]
-            for part in np.split(mine, np.flatnonzero(np.diff(rows[mine] // per_shard)) + 1):
-                pixels[part] = self._read_shard(array, plate, rows[part])
+            shards = rows[mine] // (array.shards or array.shape)[0]
+            for part in np.split(mine, np.flatnonzero(np.diff(shards)) + 1):
+                try:
+                    pixels[part] = _read_shard(folder, array, rows[part])
+                except (OSError, ValueError, RuntimeError) as fault:
+                    raise DataError(
+                        f"{folder}: tiles {rows[part][0]} to {rows[part][-1]} can't be read: {fault}",
+                        remedy="Remove the store's folder, then type: cellhpc convert JOB.toml",
+                    ) from None
         return pixels
 
-    def _shard(self, array: zarr.Array, row: int) -> Path:
-        number = row // array.shards[0] if array.shards else 0
-        return self.folder / ARRAYS / array.path / f"c.{number}.0.0.0"
 
-    def _read_shard(self, array: zarr.Array, plate: str, rows: np.ndarray) -> np.ndarray:
-        """Read tiles of one shard, in rising rows: the whole range if most of it is wanted, else each tile."""
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        try:
-            if not (shard := self._shard(array, first)).exists():
-                raise FileNotFoundError(f"{shard.name} is missing")  # Zarr would read it as zeros
-            if last - first <= 2 * len(rows):
-                return np.asarray(array[first:last])[rows - first]
-            return np.asarray(array.oindex[rows])
-        except (OSError, ValueError, RuntimeError) as fault:
-            raise DataError(
-                f"{self.folder}: tiles {first} to {last - 1} of plate {plate} can't be read: {fault}",
-                remedy="Remove the store's folder, then type: cellhpc convert JOB.toml",
-            ) from None
+def _read_shard(folder: Path, array: zarr.Array, rows: np.ndarray) -> np.ndarray:
+    """Read tiles of one shard, in rising rows: the whole range if most of it is wanted, else each tile."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    shard = folder / f"c.{first // (array.shards or array.shape)[0]}.0.0.0"
+    if not shard.exists():
+        raise FileNotFoundError(f"{shard.name} is missing")  # Zarr would read it as zeros
+    if last - first <= 2 * len(rows):
+        return np.asarray(array[first:last])[rows - first]
+    return np.asarray(array.oindex[rows])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -9,34 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellhpc.ranks import MEETING, RANK, RANKS, OneRank, _slots
-
-PROGRAM = Path(__file__).parent / "rank_program.py"
-
-
-def start_ranks(program: Path, size: int, meeting: Path) -> list[dict[str, object]]:
-    """Start each rank by itself, as a cluster does, and return what each printed."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program)],
-            env={**os.environ, RANK: str(rank), RANKS: str(size), MEETING: str(meeting), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    answers = []
-    for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0
-        answers.append(
-            json.loads(next(line for line in output.splitlines() if line.startswith("SAW ")).removeprefix("SAW "))
-        )
-    return answers
+from cellhpc.ranks import OneRank, _slots
+from tests.ranks_at_work import start_ranks
 
 
 def test_two_processes_that_start_by_themselves_become_two_ranks(tmp_path: Path) -> None:
-    answers = start_ranks(PROGRAM, 2, tmp_path)
+    answers = start_ranks("rank_program.py", 2, tmp_path)
     for rank, seen in enumerate(answers):
         assert seen == {
             "rank": rank,

@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_told_and_not_read_as_zeros(store: Store) -> None:
     whole = shard.read_bytes()
     try:
         shard.write_bytes(whole[:-40])
-        with pytest.raises(DataError, match="of plate P1 can't be read"):
+        with pytest.raises(DataError, match="P1/tiles_8: tiles 8 to 15 can't be read"):
             store.read(store.tiles, 8)
         shard.unlink()
         with pytest.raises(DataError, match=r"c.1.0.0.0 is missing"):

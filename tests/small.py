@@ -1,0 +1,50 @@
+"""A study so small that tests can train it: made-up tiles of three classes, three compounds each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from cellhpc.folds import Folds, plan_folds
+from cellhpc.settings import FoldsSettings, TrainSettings
+from cellhpc.sweep import Run
+from cellhpc.train import Data
+
+CLASSES = ("dim", "middle", "bright")
+
+
+def tiles(per_compound: int = 8) -> pd.DataFrame:
+    """Index of the tiles: nine compounds, four tiles a well."""
+    rows = []
+    for number in range(9):
+        label = CLASSES[number % 3]
+        for tile in range(per_compound):
+            rows.append(
+                {
+                    "plate": "P1", "batch": "B1", "well": f"A{number:02d}", "field": 1 + tile // 4, "tile": tile % 4,
+                    "compound": f"{label}-{number // 3}", "concentration": 1.0, "unit": "uM",
+                    "treatment": f"{label}-{number // 3} 1 uM", "replicate": "1", "label": label, "role": "treatment",
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def data(side_px: int = 32, per_compound: int = 8) -> tuple[Data, Folds]:
+    """Tiles whose grey level and grain tell their class."""
+    table = tiles(per_compound)
+    folds = plan_folds(table, FoldsSettings())
+    random = np.random.default_rng(0)
+    level = table["label"].map({"dim": 40, "middle": 110, "bright": 190}).to_numpy()
+    noise = random.normal(0, 12, (len(table), side_px, side_px, 3))
+    pixels = np.clip(level[:, None, None, None] + noise, 0, 255).astype(np.uint8)
+    return Data(pixels, table, folds.classes, folds.by), folds
+
+
+def run(folds: Folds, network: str, fold: int = 0, seed: int = 0, weights: str = "xavier", side_px: int = 32) -> Run:
+    """One run of that study."""
+    return Run(
+        f"run-{fold}-{seed}", network, weights, weights, seed, side_px, folds.folds[fold], f"digest-{fold}-{seed}"
+    )
+
+
+SETTINGS = TrainSettings(epochs=2, batch_size=16, learning_rate=0.01, augment="none")
