@@ -141,7 +141,7 @@ def _answer(facts: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
 def main() -> None:
     """Entry point: a user's mistake is one message and an exit code, never a traceback."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="cellhpc", standalone_mode=False)
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
     except click.ClickException as fault:

@@ -104,13 +104,7 @@ class ConversionPlan:
     identity: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Refuse a plan in which a task does not own whole shards.
-
-        Raises
-        ------
-        ValueError
-            Names the task or plate.
-        """
+        """Refuse a plan in which a task does not own whole shards, with a ValueError that names the task or plate."""
         owned: dict[str, list[Task]] = collections.defaultdict(list)
         for task in self.tasks:
             owned[task.plate].append(task)

@@ -1,0 +1,210 @@
+"""The whole road on a tiny synthetic screen: killed, resumed, compared; and every mistake that a user can make on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+from cellhpc.ledger import read_json
+from tests.conftest import Cellhpc
+
+SCREEN = {
+    "seed": 3, "size_px": [64, 80], "cell_px": 14, "moas": 3, "compounds_per_moa": 2, "concentrations": 1,
+    "labelled_concentrations": 1, "weeks": 1, "plate_sets": 1, "control_wells": 1, "fill": "false",
+}  # fmt: skip
+
+JOB = """
+[study]
+name = "tiny"
+folder = "{folder}/study"
+[screen]
+layout = "bbbc021"
+path = "{folder}/raw"
+[train]
+epochs = 2
+batch_size = 16
+learning_rate = 0.02
+augment = "rotations"
+[sweep]
+networks = ["MobileNet(alpha=0.25)"]
+weights = ["xavier"]
+tile_px = 32
+ranks = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory, cellhpc: Cellhpc) -> Path:
+    """A synthetic screen of six compounds."""
+    folder = tmp_path_factory.mktemp("screen") / "raw"
+    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
+    made = cellhpc("synth", "bbbc021", folder, "--preset", "demo", *words)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def job_file(folder: Path, raw: Path) -> Path:
+    """A job file in `folder`, on that screen."""
+    path = folder / "job.toml"
+    path.write_text(JOB.format(folder=folder))
+    (folder / "raw").symlink_to(raw)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, raw: Path, cellhpc: Cellhpc) -> tuple[Path, str]:
+    """A study that ran undisturbed on two ranks, and what the command said."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = cellhpc("run", job_file(folder, raw))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def results_of(folder: Path) -> tuple[Any, pd.DataFrame]:
+    """Levels and treatment probabilities of a study: what must not depend on how it was run."""
+    scores = read_json(folder / "study" / "results" / "scores.json")
+    return scores["models"][0]["levels"], pd.read_csv(folder / "study" / "results" / "treatments.csv")
+
+
+def test_one_command_from_raw_plates_to_a_scored_result_on_two_ranks(finished: tuple[Path, str]) -> None:
+    folder, said = finished
+    scores = read_json(folder / "study" / "results" / "scores.json")
+    assert scores["complete"]
+    assert scores["runs"]["done"] == scores["runs"]["expected"] == 6
+    (model,) = scores["models"]
+    totals = {level: count["total"] for level, count in model["levels"].items()}
+    assert totals == {"tile": 6 * 3 * 4 * 4, "field": 6 * 3 * 4, "well": 6 * 3, "treatment": 6}
+    for count in model["levels"].values():
+        assert count["accuracy"] == pytest.approx(count["correct"] / count["total"])
+        low, high = count["wilson95"]
+        assert low <= count["accuracy"] <= high
+    for run in (folder / "study" / "runs").iterdir():
+        record = read_json(run / "run.json")
+        assert record["ranks"] == 2
+        predicted = pd.read_parquet(run / "predictions.parquet")
+        assert set(predicted["compound"]) == set(record["fold"]["held_out"])
+    for name in ("confusion.png", "learning-curves.png", "report.html"):
+        assert (folder / "study" / "results" / name).stat().st_size > 5000
+    assert str(folder / "study" / "results" / "report.html") in said.replace("\n", "")
+    assert "chance" in said.lower()
+
+
+def test_a_second_call_does_nothing_and_says_so(finished: tuple[Path, str], cellhpc: Cellhpc) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    again = cellhpc("run", folder / "job.toml")
+    assert again.returncode == 0
+    assert "Nothing to do for what was converted and trained before." in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_killed_in_training_and_run_again_it_gives_the_same_result(
+    finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    job = job_file(tmp_path, raw)
+    command = subprocess.Popen([sys.executable, "-m", "cellhpc.cli", "run", str(job)], env={**os.environ})
+    runs = tmp_path / "study" / "runs"
+    try:
+        deadline = time.monotonic() + 240
+        while len(list(runs.glob("*/done.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ranks = psutil.Process(command.pid).children(recursive=True)
+    finally:
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert alive == []  # ranks end with the command that started them
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
+    assert 2 <= len(kept) < 6
+    again = cellhpc("run", job)
+    assert again.returncode == 0, again.stderr
+    assert {name: (runs / name / "done.json").stat().st_mtime_ns for name in kept} == kept
+    levels, treatments = results_of(tmp_path)
+    levels_undisturbed, treatments_undisturbed = results_of(finished[0])
+    assert levels == levels_undisturbed
+    pd.testing.assert_frame_equal(treatments, treatments_undisturbed, check_exact=True)
+
+
+def test_a_rank_that_dies_ends_its_job_with_a_reason_and_the_rest_is_kept(tmp_path: Path, raw: Path) -> None:
+    job = job_file(tmp_path, raw)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "cellhpc.cli", "run", str(job)], stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    runs = tmp_path / "study" / "runs"
+    deadline = time.monotonic() + 240
+    while not list(runs.glob("*/done.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (record,) = (tmp_path / "study" / "jobs").glob("*/attempt-1/processes.json")
+    began = time.monotonic()
+    os.kill(read_json(record)["pids"][1], signal.SIGKILL)
+    _, said = command.communicate(timeout=120)
+    assert command.returncode == 1
+    assert time.monotonic() - began < 60
+    assert "1 of 1 training job(s) failed; finished runs are kept." in said
+    assert "train-0000: rank" in said
+    assert "Run the same command again to do what is missing." in said
+    assert "Traceback" not in said
+    assert list(runs.glob("*/done.json"))
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, raw: Path, cellhpc: Cellhpc) -> None:
+    job = job_file(tmp_path, raw)
+    told = cellhpc("run", job, "--dry-run")
+    assert told.returncode == 0, told.stderr
+    for part in ("72 fields", "288 tiles", "folds   6", "runs    6", "steps   180", "Nothing has been written"):
+        assert part in told.stdout
+    facts = json.loads(cellhpc("run", job, "--dry-run", "--json").stdout)
+    assert facts["training"]["steps_missing"] == 180  # 60 fields of 4 tiles in batches of 16, 2 epochs, 6 runs
+    assert facts["conversion"]["bytes_in"] > 72 * 3 * 64 * 80 * 2
+    assert not (tmp_path / "study").exists()
+
+
+def test_stages_one_by_one_give_what_one_command_gives(
+    finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    job = job_file(tmp_path, raw)
+    early = cellhpc("aggregate", job)
+    assert early.returncode == 1
+    assert "Train them first, with: cellhpc train JOB.toml" in early.stderr
+    unconverted = cellhpc("train", job)
+    assert unconverted.returncode != 0
+    assert "Type: cellhpc convert JOB.toml" in unconverted.stderr
+    for stage in ("convert", "train", "aggregate"):
+        done = cellhpc(stage, job)
+        assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)[0] == results_of(finished[0])[0]
+
+
+def test_a_study_of_another_job_file_is_refused(finished: tuple[Path, str], cellhpc: Cellhpc) -> None:
+    refused = cellhpc("run", finished[0] / "job.toml", "--set", "train.epochs=3")
+    assert refused.returncode == 2
+    assert "belongs to another job file" in refused.stderr
+    assert "train.epochs is 3, there 2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_pictures_that_are_missing_are_refused_before_anything_is_written(
+    tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    (tmp_path / "tables").mkdir()
+    for table in raw.glob("*.csv"):
+        (tmp_path / "tables" / table.name).write_bytes(table.read_bytes())
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(folder=tmp_path).replace(f"{tmp_path}/raw", f"{tmp_path}/tables"))
+    refused = cellhpc("run", job)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "study" / "store").exists()
+    shown = cellhpc("inspect", job)
+    assert shown.returncode == 0
+    assert "none of" in shown.stdout
