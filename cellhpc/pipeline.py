@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def plan_study(job: Job) -> StudyPlan:
     folder = StudyFolder(job.study.folder)
     folds = plan_folds(screen.fields, job.folds)
     conversion = plan_conversion(job.convert, screen, sizes, folder.store(job))
-    runs = plan_runs(job, folds, conversion.digest)
+    runs = plan_runs(job, folds, conversion.content_digest)
     missing = tuple(run for run in runs if not is_done(folder.runs / run.id, run.digest))
     return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
 
@@ -159,6 +159,8 @@ def run_study(
         _keep_folds(plan)
         if "convert" in stages:
             convert(plan.conversion)
+            found = plan_study(job)  # runs depend on the fields that conversion had to set aside
+            plan = replace(found, converted=plan.converted)
         if "train" in stages:
             _train(plan)
         scores = _aggregate(plan) if "aggregate" in stages else None

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from cellhpc.convert_plan import ARRAYS, STORE
+from cellhpc.convert.plan import ARRAYS, STORE
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import read_json
 

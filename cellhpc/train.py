@@ -31,7 +31,7 @@ from cellhpc.tiles import Store
 KEYS = (
     "plate", "batch", "well", "field", "tile", "compound", "concentration", "unit", "treatment", "replicate", "label",
 )  # fmt: skip
-"""Columns of the predictions before the probabilities `p_<class>`; what the folds hold out follows if it is not here."""
+"""Columns of the predictions before the probabilities `p_<class>`; what the folds hold out follows if it isn't here."""
 PREDICT_TILES = 64
 """Tiles in one prediction step of a rank."""
 

@@ -21,8 +21,8 @@ import zarr
 from distributed import Client, LocalCluster
 from PIL import Image
 
-from cellhpc import convert as convert_module
 from cellhpc.convert import convert, plan_conversion
+from cellhpc.convert import execute as convert_module
 from cellhpc.correct import cut_tiles, histograms, plate_statistics
 from cellhpc.errors import DataError, UsageError, UserError
 from cellhpc.screens import Screen

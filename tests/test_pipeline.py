@@ -1,4 +1,4 @@
-"""The whole road on a tiny synthetic screen: killed, resumed, compared; and every mistake that a user can make on it."""
+"""The whole road on a tiny synthetic screen: killed, resumed, compared; and the mistakes that a user can make on it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import zarr
 
-from cellhpc.convert_plan import ARRAYS, WORK, ConversionPlan, FieldSource, Task
+from cellhpc.convert.plan import ARRAYS, WORK, ConversionPlan, FieldSource, Task
 from cellhpc.correct import FieldTiles, PlateStatistics, cut_tiles, histograms
 from cellhpc.errors import UserError
 from cellhpc.ledger import read_json, write_json

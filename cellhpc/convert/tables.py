@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellhpc.convert_plan import STORE, ConversionPlan, Plate
-from cellhpc.convert_tasks import dmso_id, read_marker
+from cellhpc.convert.plan import STORE, ConversionPlan, Plate
+from cellhpc.convert.tasks import dmso_id, read_marker
 from cellhpc.ledger import provenance, write_json, write_table
 
 QUALITY = ("low", "high", "mean")

@@ -125,6 +125,13 @@ class ConversionPlan:
         return digest(self.identity)
 
     @property
+    def content_digest(self) -> str:
+        """Digest of what the store holds: the plan's own, and with fields set aside, also of these."""
+        recorded = _read(self.store / STORE)
+        bad = recorded.get("bad_fields", []) if recorded.get("digest") == self.digest else []
+        return digest([self.digest, bad]) if bad else self.digest
+
+    @property
     def normalised(self) -> bool:
         """Whether DMSO fields are read for their statistics."""
         return self.settings.preprocessing != "none"

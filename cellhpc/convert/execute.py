@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +23,7 @@ import zarr
 import zarr.codecs
 import zarr.storage
 
-from cellhpc.convert_collect import write_tables
-from cellhpc.convert_plan import (
+from cellhpc.convert.plan import (
     ARRAYS,
     STORE,
     WORK,
@@ -37,7 +35,8 @@ from cellhpc.convert_plan import (
     recorded_identity,
     refuse_other_store,
 )
-from cellhpc.convert_tasks import (
+from cellhpc.convert.tables import write_tables
+from cellhpc.convert.tasks import (
     Recipe,
     convert_shard,
     count_dmso,
@@ -269,7 +268,7 @@ def _cluster(workers: int) -> Iterator[Client]:
     from distributed.security import Security
 
     # Whoever reaches a scheduler can run code in it. A key of the moment keeps the machine's other users out.
-    security = Security.temporary() if importlib.util.find_spec("cryptography") else None
+    security = Security.temporary()
     with (
         LocalCluster(
             n_workers=workers,
