@@ -8,6 +8,7 @@ anything else is done again. Nothing is ever half there under its final name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -90,8 +91,9 @@ def mark_done(unit: Path, unit_digest: str, **facts: Any) -> None:
     write_json(unit / DONE, {"digest": unit_digest, **facts})
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
-    """Versions, host and commit that a result was made with."""
+    """Versions, host and commit that a result is made with; as they were when a process first asked."""
     packages = ("cellhpc", "tensorflow-cpu", "tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "scikit-learn")
     versions = {}
     for package in packages:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, read_folds
-from cellhpc.ledger import read_json
+from cellhpc.ledger import provenance, read_json
 from cellhpc.ranks import Ranks, joined
 from cellhpc.settings import parse_job
 from cellhpc.study import StudyFolder
@@ -25,6 +25,7 @@ from cellhpc.train import Trainer, load_data, train_run
 
 def work(study: StudyFolder, job_id: str) -> None:
     """Train the runs of one job; every rank of the job calls it."""
+    provenance()  # before the first run: the checkout may change while this process works
     training_job = TrainingJob.from_json(read_json(study.jobs / job_id / "job.json"))
     _prepare_tensorflow(training_job.threads)
     with joined() as ranks:

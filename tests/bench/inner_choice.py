@@ -1,0 +1,110 @@
+"""How the settings of jobs/bbbc021_subset.toml were chosen: on inner compounds, never on a held-out one.
+
+The 18 compounds are divided into two halves, A and B. Within a half, some compounds are held out and the network
+learns from the others of that half alone. Half A chooses for the folds that hold out a compound of half B, and the
+reverse. A half chooses the job file's settings if no candidate is better by more than one standard error (the rule of
+Breiman et al. 1984), else the best candidate. One job file can serve all folds only if both halves choose the same.
+Needs CELLHPC_DATA.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import tensorflow as tf
+
+from cellhpc.convert import convert, plan_conversion
+from cellhpc.folds import Fold, Folds
+from cellhpc.ranks import OneRank
+from cellhpc.screens import read_screen
+from cellhpc.settings import Job, load_job
+from cellhpc.sweep import Run
+from cellhpc.tiles import Store
+from cellhpc.train import Data, Trainer
+
+JOB = Path(__file__).parents[2] / "jobs" / "bbbc021_subset.toml"
+
+HALVES = {
+    "A": ["AZ-A", "AZ841", "AZ-C", "anisomycin", "emetine", "camptothecin", "methotrexate", "chlorambucil",
+          "mitomycin C", "mevinolin/lovastatin"],
+    "B": ["AZ258", "AZ138", "cyclohexamide", "floxuridine", "mitoxantrone", "cisplatin", "etoposide", "simvastatin"],
+}  # fmt: skip
+HELD_OUT = {
+    "A": [["AZ841", "emetine", "camptothecin", "mitomycin C"], ["AZ-A", "anisomycin", "methotrexate", "chlorambucil"]],
+    "B": [["floxuridine", "etoposide"], ["mitoxantrone", "cisplatin"]],
+}
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "the job file": {},
+    "learning rate 0.001": {"learning_rate": 1e-3},
+    "learning rate 0.003": {"learning_rate": 3e-3},
+    "learning rate 0.03": {"learning_rate": 3e-2},
+    "batch norm momentum of the network": {"batch_norm_momentum": None},
+    "constant learning rate": {"schedule": "constant"},
+    "augmentation of the paper": {"augment": "kensert2019"},
+    "input scaled as in keras.applications": {"input_scaling": "keras"},
+    "predictions over eight orientations": {"predict_rotations": True},
+    "tiles of 192 pixels": {"tile_px": 192},
+}
+
+
+def inner_accuracy(job: Job, store: Store, half: str, changes: dict[str, Any]) -> tuple[int, int]:
+    """Fields that are right, and all, over the inner folds of one half."""
+    changes = dict(changes)
+    tile_px = changes.pop("tile_px", job.sweep.tile_px)
+    settings = job.train.model_copy(update=changes)
+    mine = store.tiles["compound"].isin(HALVES[half])
+    tiles: pd.DataFrame = store.tiles[mine].reset_index(drop=True)
+    classes = tuple(sorted(tiles["label"].unique()))
+    data = Data(store.read(tiles, tile_px), tiles, classes)
+    trainer = Trainer(job.sweep.networks[0], data, settings, OneRank())
+    correct = total = 0
+    for held_out in HELD_OUT[half]:
+        fold = Fold("inner", tuple(held_out))
+        folds = Folds("compound", classes, {}, (), (fold,))
+        run = Run("inner", job.sweep.networks[0], job.sweep.weights[0], "file", 0, tile_px, fold, "")
+        history, _ = trainer.fit(run, folds)
+        last = history[-1]["held_out"]["field"]
+        correct, total = correct + last["correct"], total + last["total"]
+    return correct, total
+
+
+def choice(counts: dict[str, tuple[int, int]]) -> str:
+    """Name the candidate that a half chooses; the first one is the job file."""
+    best = max(counts, key=lambda name: counts[name][0])
+    correct, total = counts[best]
+    standard_error = math.sqrt(correct * (total - correct) / total)
+    first = next(iter(counts))
+    return first if counts[first][0] >= correct - standard_error else best
+
+
+def main() -> None:
+    tf.config.experimental.enable_op_determinism()
+    job = load_job(JOB)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_conversion(
+            job.convert, read_screen(job.screen), (job.sweep.tile_px or 224, 192), Path(folder) / "store"
+        )
+        store = Store.open(convert(plan).folder)
+        figures = {}
+        print(f"{'candidate':40} {'half A':>10} {'half B':>10}")
+        for name, changes in CANDIDATES.items():
+            figures[name] = {half: inner_accuracy(job, store, half, changes) for half in HALVES}
+            counts = [f"{correct}/{total}" for correct, total in figures[name].values()]
+            print(f"{name:40} {counts[0]:>10} {counts[1]:>10}", flush=True)
+    chosen = {half: choice({name: counts[half] for name, counts in figures.items()}) for half in HALVES}
+    for half, name in chosen.items():
+        print(f"half {half} chooses: {name}")
+    print(json.dumps({"correct_total": figures, "chosen": chosen}))
+
+
+if __name__ == "__main__":
+    main()
