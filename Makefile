@@ -5,23 +5,26 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 IN_VENV := .venv/bin/
 .DEFAULT_GOAL := help
 
-.PHONY: help env demo real test lint bench
+.PHONY: help env machine demo real test lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
 
 env: .venv/.locked  ## the locked environment, in .venv
 
-.venv/.locked: pyproject.toml uv.lock .uv/bin/uv
+.venv/.locked: pyproject.toml uv.lock
+	@$(MAKE) --no-print-directory machine .uv/bin/uv
 	.uv/bin/uv sync --locked --python "$(PYTHON)" --extra cpu --extra horovod
 	@touch $@
 
 .uv/bin/uv:
+	@rm -rf .uv && "$(PYTHON)" -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 || { rm -rf .uv; exit 1; }
+
+machine:  ## is there what the environment is built with?
 	@test -n "$(PYTHON)" || { echo "cellhpc needs Python 3.11, and there is no python3 here. Install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "cellhpc needs Python 3.11; $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "cellhpc needs Python 3.11; $(PYTHON) is $$("$(PYTHON)" --version 2>/dev/null || echo no Python). Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "cellhpc needs Python's venv module; $(PYTHON) lacks it. On Debian: apt-get install python3-venv" >&2; exit 1; }
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "cellhpc compiles Horovod and needs a C++ compiler; there is no $(CXX). On Debian: apt-get install g++" >&2; exit 1; }
-	@rm -rf .uv && "$(PYTHON)" -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 || { rm -rf .uv; exit 1; }
 
 demo: env  ## a synthetic BBBC021 screen, from raw plates to the report, on two Horovod ranks
 	$(IN_VENV)cellhpc synth bbbc021 demo/raw --preset demo

@@ -23,7 +23,8 @@
       by_compound[], wrong[]      right treatments of each compound; the treatments that were wrong
       curves.{all, SEED}.{tile, field, well, treatment}.{correct, total}      lists, an entry an epoch, folds pooled
       cost.{runs, epochs, hours, images_per_s, ranks, memory_mb}
-    baselines.{chance, majority, batch_only}
+    baselines.{chance, majority, batch_only}                                of treatments; null while folds are missing
+    conversion                    counts of the store, and the fields that were set aside, each with its reason
     provenance, settings          versions, hosts, commits; the resolved job file
 """
 
@@ -32,7 +33,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,9 +46,7 @@ import pyarrow.parquet as pq
 from cellhpc import figures, ledger, scores
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
-from cellhpc.report import render_report, render_scores
-
-__all__ = ["SCHEMA", "aggregate", "render_scores"]
+from cellhpc.report import render_report
 
 SCHEMA = "cellhpc-scores/1"
 _TABLES = {"treatment": "treatments.csv", "well": "wells.csv", "field": "fields.csv"}
@@ -79,7 +78,12 @@ class FinishedRun:
 
 
 def aggregate(
-    study: Path, job_name: str, runs: Sequence[Path], classes: Sequence[str], how: scores.How = "mean"
+    study: Path,
+    job_name: str,
+    runs: Sequence[Path],
+    classes: Sequence[str],
+    how: scores.How = "mean",
+    conversion: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score the finished runs of a study and write its results.
 
@@ -95,6 +99,8 @@ def aggregate(
         Classes in the order of the probabilities.
     how
         How probabilities are combined.
+    conversion
+        Counts of the store (`ConversionPlan.counts`), for the record and the headline.
 
     Returns
     -------
@@ -127,9 +133,10 @@ def aggregate(
             "how": how,
             "folds": folds.sha256,
             "settings": settings,
+            "conversion": conversion,
         }
     )
-    if ledger.is_done(results, inputs) and (results / "scores.json").exists():
+    if ledger.is_done(results, inputs) and all((results / name).exists() for name in ("scores.json", "report.html")):
         document: dict[str, Any] = ledger.read_json(results / "scores.json")
         return document
 
@@ -138,8 +145,10 @@ def aggregate(
         models[run.model].append(run)
     scored = [_score_model(model_runs, classes, how, folds) for model_runs in models.values()]
     wells = pd.concat([tables["well"] for _, tables in scored]).drop_duplicates(["fold", "plate", "well"])
+    whole = set(wells["fold"]) == {fold.name for fold in folds.folds}  # else the training treatments are not all known
     missing = [folder.name for folder in runs if folder not in set(finished)]
     headline = _headline([model for model, _ in scored], len(finished), len(runs), missing)
+    headline += _cautions(wells, folds, conversion or {})
     if folds.by not in wells:
         headline.append(f"Not checked for leaks: the predictions have no column {folds.by}, which the folds hold out.")
     document = {
@@ -153,7 +162,8 @@ def aggregate(
         "folds": {"by": folds.by, "sha256": folds.sha256, "total": len(folds.folds)},
         "runs": {"done": len(finished), "expected": len(runs), "missing": missing},
         "models": [model for model, _ in scored],
-        "baselines": scores.baselines(wells, classes),
+        "baselines": scores.baselines(wells if whole else wells.iloc[:0], classes),
+        "conversion": dict(conversion or {}),
         "provenance": {
             "runs": _origin(run.facts for group in models.values() for run in group),
             "aggregate": ledger.provenance(),
@@ -217,6 +227,8 @@ def _problems_of(run: FinishedRun, classes: Sequence[str], folds: Folds) -> list
         unseen = held_out - set(run.predictions[folds.by].astype(str))
         if unseen:
             problems.append(f"no predictions of {folds.by} {listing(unseen)}, which its fold {run.fold} holds out")
+    if trained := held_out & set(run.facts.get("trained_on", ())):
+        problems.append(f"holds out {folds.by} {listing(trained)}, which it trained on: a leak")
     if not run.epochs:
         problems.append("its history has no epochs")
     if not problems:
@@ -362,6 +374,20 @@ def _headline(models: Sequence[dict[str, Any]], done: int, expected: int, missin
                     f"; {folds['done']} of {folds['total']} folds{which}, without {listing(folds['missing'], 6)}"
                 )
         sentences.append(sentence + ".")
+    return sentences
+
+
+def _cautions(wells: pd.DataFrame, folds: Folds, conversion: Mapping[str, Any]) -> list[str]:
+    """Say what else a reader must know: fields that were set aside, and compounds on both sides of a split."""
+    sentences = []
+    if aside := conversion.get("set_aside"):
+        sentences.append(f"{len(aside)} field(s) could not be read and were set aside; scores.json lists them.")
+    shared = wells.groupby("compound")["fold"].nunique()
+    if (shared > 1).any():
+        sentences.append(
+            f"What is held out is the {folds.by}: the same compounds are in training, so this is not the accuracy for "
+            "new compounds."
+        )
     return sentences
 
 

@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 
 from cellhpc.errors import UserError
 from cellhpc.settings import Job, load_job, parse_override
+
+if TYPE_CHECKING:
+    from cellhpc.pipeline import StudyPlan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -23,10 +26,10 @@ def cli() -> None:
     r"""From raw high-content-screening plates to mechanism of action.
 
     \b
-    cellhpc synth bbbc021 demo/raw        make a synthetic screen
-    cellhpc inspect JOB.toml              what its tables say, and what is wrong with them
-    cellhpc run JOB.toml --dry-run        what would be done
-    cellhpc run JOB.toml                  convert, train every fold, aggregate; again: do what is missing
+    cellhpc synth bbbc021 DIR --preset demo   make a small synthetic screen
+    cellhpc inspect JOB.toml                  what its tables say, and what is wrong with them
+    cellhpc run JOB.toml --dry-run            what would be done
+    cellhpc run JOB.toml                      convert, train every fold, aggregate; again: do what is missing
     """
 
 
@@ -88,17 +91,19 @@ def run(job_file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool
 @cli.command()
 @_takes_job
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-def convert(job_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def convert(job_file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Convert raw fields to tiles."""
-    _stages(load_job(job_file, overrides), ("convert",), dry_run, as_json=False)
+    _stages(load_job(job_file, overrides), ("convert",), dry_run, as_json)
 
 
 @cli.command()
 @_takes_job
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-def train(job_file: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def train(job_file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Train every fold on the converted store."""
-    _stages(load_job(job_file, overrides), ("train",), dry_run, as_json=False)
+    _stages(load_job(job_file, overrides), ("train",), dry_run, as_json)
 
 
 @cli.command()
@@ -114,20 +119,41 @@ def _stages(job: Job, stages: tuple[str, ...], dry_run: bool, as_json: bool) -> 
 
     if dry_run:
         plan = plan_study(job)
-        _answer(plan.facts(), as_json, lambda: click.echo(plan.render()))
+        _answer(plan.facts(), as_json, lambda: click.echo(plan.render(stages)))
         return
     plan, scores = run_study(job, stages)
-    done = [*(["converted"] if plan.converted else []), *([] if plan.missing else ["trained"])]
-    if done and not as_json:
-        click.echo(f"Nothing to do for what was {' and '.join(done)} before.")
-    if scores is not None:
+    if not as_json:
+        click.echo(_what_was_done(plan, stages))
+    if scores is None:
+        if as_json:
+            _answer(plan.facts(), as_json, lambda: None)
+    else:
         _answer(scores, as_json, lambda: _closing(plan.folder.results, scores))
 
 
-def _closing(results: Path, scores: dict[str, Any]) -> None:
-    from cellhpc.aggregate import render_scores
+def _what_was_done(plan: StudyPlan, stages: tuple[str, ...]) -> str:
+    lines = []
+    if "convert" in stages:
+        counts = plan.conversion.counts()
+        lines.append(
+            f"{'Converted before' if plan.converted else 'Converted'}: {counts['fields']:,} fields, "
+            f"{counts['kept_tiles']:,} tiles; set aside: {counts['bad_fields']:,} fields that could not be read, "
+            f"{counts['near_empty_tiles']:,} near-empty tiles."
+        )
+    if "train" in stages:
+        lines.append(f"Trained: {len(plan.missing):,} runs; {len(plan.runs) - len(plan.missing):,} were done before.")
+    if plan.converted and not plan.missing:
+        lines.append("Nothing was to be converted or trained.")
+    return "\n".join(lines)
 
-    Console().print(render_scores(scores))
+
+def _closing(results: Path, scores: dict[str, Any]) -> None:
+    from cellhpc.report import render_scores
+
+    console = Console()
+    # A log has no width of its own; the table needs about 120 letters.
+    console.width = console.width if console.is_terminal else max(console.width, 120)
+    console.print(render_scores(scores))
     click.echo(f"Report: {results / 'report.html'}")
 
 
@@ -150,6 +176,9 @@ def main() -> None:
     except UserError as fault:
         click.echo(f"cellhpc: {fault}", err=True)
         sys.exit(fault.exit_code)
+    except OSError as fault:
+        click.echo(f"cellhpc: {fault.filename or 'a file'}: {fault.strerror or fault}", err=True)
+        sys.exit(UserError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("cellhpc: stopped. The same command goes on where this one ended.", err=True)
         sys.exit(130)

@@ -61,11 +61,14 @@ class Folds:
 
     def held_out(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
         """Rows that `fold` holds out, as a boolean array (n,)."""
-        return self.used(table) & table[self.by].isin(fold.held_out).to_numpy()
+        return self.used(table) & self._holds(table, fold)
 
     def training(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
         """Rows that `fold` trains on, as a boolean array (n,)."""
-        return self.used(table) & ~table[self.by].isin(fold.held_out).to_numpy()
+        return self.used(table) & ~self._holds(table, fold)
+
+    def _holds(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
+        return table[self.by].astype(str).isin(fold.held_out).to_numpy()
 
 
 def plan_folds(fields: pd.DataFrame, settings: FoldsSettings) -> Folds:
@@ -101,7 +104,7 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings) -> Folds:
             "Check the labels of the screen with: cellhpc inspect JOB.toml",
         )
     used = used[used["label"].isin(classes)]
-    labels = {str(value): tuple(sorted(set(rows))) for value, rows in used.groupby(by)["label"]}
+    labels = {str(value): tuple(sorted(set(rows))) for value, rows in used.groupby(used[by].astype(str))["label"]}
     return Folds(
         by=by,
         classes=classes,
@@ -109,6 +112,31 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings) -> Folds:
         dropped=tuple(sorted(single)),
         folds=tuple(Fold(name, (name,)) for name in sorted(labels)),
     )
+
+
+def check_folds(folds: Folds, tiles: pd.DataFrame) -> None:
+    """Check that every fold can be learnt and asked with the tiles that conversion kept.
+
+    Raises
+    ------
+    DataError
+        A fold holds out no tile, or trains on none of some label; lists all of these.
+    """
+    problems = []
+    for fold in folds.folds:
+        if not folds.held_out(tiles, fold).any():
+            problems.append(f"{folds.by} {fold.name}: none of its tiles was kept")
+        unseen = set(folds.classes) - set(tiles.loc[folds.training(tiles, fold), "label"])
+        problems += [
+            f"without {folds.by} {fold.name}: no tile of {label} is left to learn from" for label in sorted(unseen)
+        ]
+    if problems:
+        raise DataError(
+            f"{len(problems)} fold(s) can't be trained with the tiles that were kept.",
+            problems,
+            "Keep more with a lower convert.empty_fraction, mend the fields that were set aside, or leave these out "
+            "with screen.drop_compounds; in a new study.folder.",
+        )
 
 
 def write_folds(path: Path, folds: Folds) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,9 +21,12 @@ from cellhpc.ranks import MEETING, RANK, RANKS
 from cellhpc.study import StudyFolder
 from cellhpc.sweep import TrainingJob
 
+JOB = "job.json"
+"""What a job's processes are told to do, in the folder of the attempt."""
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to notice that one has died, before they are ended."""
 POLL_SECONDS = 0.5
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -31,12 +37,17 @@ class _Started:
     folder: Path
     ranks: list[subprocess.Popen[bytes]]
     failed_at: float | None = None
+    first_failed: int | None = None
+
+    def look(self) -> None:
+        """Note which rank failed first; the others fail for want of it."""
+        failed = [rank for rank, process in enumerate(self.ranks) if process.poll() not in (None, 0)]
+        if failed and self.first_failed is None:
+            self.first_failed = min(failed, key=lambda rank: self.ranks[rank].returncode)  # signals are negative
+            self.failed_at = time.monotonic()
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self.ranks)
-
-    def failed(self) -> bool:
-        return any(process.poll() not in (None, 0) for process in self.ranks)
 
     def end(self) -> None:
         for process in self.ranks:
@@ -79,14 +90,14 @@ def run_here(study: StudyFolder, jobs: Sequence[TrainingJob], parallel: int, wat
             time.sleep(POLL_SECONDS)
             watch()
             for job in list(running):
-                if job.failed():
-                    job.failed_at = job.failed_at or time.monotonic()
-                    if job.running() and time.monotonic() - job.failed_at > GRACE_SECONDS:
-                        job.end()
+                job.look()
+                if job.failed_at and job.running() and time.monotonic() - job.failed_at > GRACE_SECONDS:
+                    job.end()
                 if not job.running():
+                    job.look()
                     running.remove(job)
-                    if job.failed():
-                        failures.append(f"{job.job.id}: {_reason(job)}")
+                    if job.first_failed is not None:
+                        failures.append(f"{job.job.id}: {_reason(job, job.first_failed)}")
     if failures:
         raise DataError(
             f"{len(failures)} of {len(jobs)} training job(s) failed; finished runs are kept.",
@@ -113,15 +124,16 @@ def _start(study: StudyFolder, job: TrainingJob) -> _Started:
     number = 1 + max((int(path.name.removeprefix("attempt-")) for path in unit.glob("attempt-*")), default=0)
     folder = unit / f"attempt-{number}"
     folder.mkdir(mode=0o700)
-    write_json(unit / "job.json", job.to_json())
+    write_json(folder / JOB, job.to_json())
     processes = []
     for rank in range(job.ranks):
         environment = {**os.environ, RANK: str(rank), RANKS: str(job.ranks), MEETING: str(folder)}
         with (folder / f"rank-{rank}.log").open("wb") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "cellhpc.work", str(study.path), job.id],
+                    [sys.executable, "-m", "cellhpc.work", str(study.path), str(folder / JOB)],
                     env=environment,
+                    preexec_fn=functools.partial(_end_with, os.getpid()),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -133,15 +145,22 @@ def _start(study: StudyFolder, job: TrainingJob) -> _Started:
     return _Started(job, folder, processes)
 
 
-def _reason(started: _Started) -> str:
-    """Say how the first rank that failed ended: its own last words, or the signal that ended it."""
-    codes = [process.returncode for process in started.ranks]
-    # A rank that was ended with the others says nothing of its own: one with words of its own tells more.
-    order = sorted(range(len(codes)), key=lambda rank: (codes[rank] == 0, codes[rank] != 1, rank))
-    rank = order[0]
+def _end_with(parent: int) -> None:
+    """Ask Linux to end this process with its parent: a command that is killed leaves no rank behind."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _reason(started: _Started, rank: int) -> str:
+    """Say how the rank that failed first ended: the signal that ended it, or its own last words."""
     log = started.folder / f"rank-{rank}.log"
+    code = started.ranks[rank].returncode
+    if code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"rank {rank} was ended by signal {-code}{hint}; log: {log}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if codes[rank] < 0:
-        return f"rank {rank} was ended by signal {-codes[rank]} (log: {log})"
-    said = [line for line in lines if line.startswith("cellhpc: ")]
-    return f"rank {rank}: {(said or lines or ['no output'])[-1]} (log: {log})"
+    said = [number for number, line in enumerate(lines) if line.startswith("cellhpc: ")]
+    words = " ".join(lines[said[-1] :]) if said else (lines or ["it said nothing"])[-1]
+    return f"rank {rank}: {words.removeprefix('cellhpc: ')}; log: {log}"

@@ -23,6 +23,8 @@ from typing import Any
 
 import pandas as pd
 
+from cellhpc.errors import DataError
+
 DONE = "done.json"
 
 
@@ -60,8 +62,19 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON document.
+
+    Raises
+    ------
+    DataError
+        The file holds something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise DataError(
+            f"{path}: not a JSON document: {fault}", remedy="Remove the file and what was made with it."
+        ) from None
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -82,7 +95,7 @@ def done_digest(unit: Path) -> str | None:
     """Digest with which a unit was finished; None when it was not."""
     try:
         return read_json(unit / DONE)["digest"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, NotADirectoryError):
+    except (FileNotFoundError, DataError, KeyError, NotADirectoryError):
         return None
 
 

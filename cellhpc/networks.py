@@ -8,11 +8,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cellhpc.errors import DataError, UsageError
+from cellhpc.errors import DataError, UsageError, UserError
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "convnext": ("ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtSmall", "ConvNeXtTiny", "ConvNeXtXLarge"),
@@ -36,6 +41,7 @@ NETWORKS = {name: family for family, names in _FAMILIES.items() for name in name
 
 _SIDES_PX = {"InceptionResNetV2": 299, "InceptionV3": 299, "Xception": 299, "NASNetLarge": 331}
 WEIGHTLESS = ("imagenet", "xavier")
+NO_TENSORFLOW = "training needs TensorFlow, which is not installed here. Type: pip install 'cellhpc[cpu]'"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,12 @@ class Network:
     def side_px(self) -> int:
         """Side of the network's own square input, in pixels."""
         return _SIDES_PX.get(self.name, 224)
+
+    @property
+    def text(self) -> str:
+        """The network as it is written in a job file, as `MobileNet(alpha=0.25)`."""
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments)
+        return f"{self.name}({arguments})" if arguments else self.name
 
     @property
     def slug(self) -> str:
@@ -97,6 +109,8 @@ def weights_digest(weights: str) -> str:
     if weights in WEIGHTLESS:
         return weights
     path = Path(weights)
+    if path.stem in WEIGHTLESS:
+        raise UsageError(f"sweep.weights: {weights}: a file of this name would be taken for {path.stem}. Rename it.")
     if not path.is_file():
         raise UsageError(
             f"sweep.weights: {weights}: no such file. Allowed: imagenet, xavier, or the path of a .h5 file."
@@ -220,3 +234,50 @@ def _text(name: Any) -> str:
 
 def _shapes(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def check(wanted: Sequence[tuple[str, int, int, str]]) -> None:
+    """Build each network with its weights once, in a process of its own that is gone afterwards.
+
+    What is wrong with a size, an argument or a weights file is found before hours of work and not after; and the
+    weights that Keras fetches are there before many processes want them at once.
+
+    Parameters
+    ----------
+    wanted
+        Networks as text, each with the side of its tiles (pixels), its channels, and its weights.
+
+    Raises
+    ------
+    UserError
+        What `build` says, or that TensorFlow is missing.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "cellhpc.networks", json.dumps(list(wanted))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    if done.returncode:
+        said = done.stderr.strip() or "it said nothing"
+        _, marked, message = said.rpartition("cellhpc: ")
+        raise (UsageError if done.returncode == UsageError.exit_code else UserError)(message if marked else said)
+
+
+def _check_here(wanted: Sequence[Sequence[Any]]) -> None:
+    try:
+        import keras
+    except ImportError:
+        raise UserError(NO_TENSORFLOW) from None
+    for network, side_px, channels, weights in wanted:
+        build(parse_network(network), side_px, channels, 2, weights)
+        keras.backend.clear_session()
+
+
+if __name__ == "__main__":
+    try:
+        _check_here(json.loads(sys.argv[1]))
+    except UserError as fault:
+        print(f"cellhpc: {fault}", file=sys.stderr)
+        sys.exit(fault.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 from cellhpc.aggregate import aggregate
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
-from cellhpc.folds import Folds, plan_folds, read_folds, write_folds
+from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
 from cellhpc.launch import run_here
-from cellhpc.ledger import is_done, read_json
+from cellhpc.ledger import done_digest, is_done, read_json
+from cellhpc.networks import check
 from cellhpc.progress import progress
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
 from cellhpc.study import StudyFolder
 from cellhpc.sweep import Run, TrainingJob, pack, plan_runs, tile_sizes_px
+from cellhpc.tiles import Store, is_store
 
+STAGES = ("convert", "train", "aggregate")
 FILES_OF_A_RUN = 4
 """History, predictions, record and marker."""
 
@@ -52,7 +56,7 @@ class StudyPlan:
     @property
     def training_jobs(self) -> list[TrainingJob]:
         """The missing runs, packed into jobs."""
-        return pack(self.missing, self.job, os.cpu_count() or 1)
+        return pack(self.missing, self.job, len(os.sched_getaffinity(0)))
 
     @property
     def steps(self) -> int:
@@ -93,15 +97,16 @@ class StudyPlan:
             },
         }
 
-    def render(self) -> str:
-        """Tell the plan in a few lines, for `--dry-run`."""
+    def render(self, stages: Sequence[str] = STAGES) -> str:
+        """Tell the plan of these stages in a few lines, for `--dry-run`."""
         facts = self.facts()
         training = facts["training"]
         dropped = f"; dropped: {', '.join(self.folds.dropped)}" if self.folds.dropped else ""
-        return "\n".join(
-            [
-                f"Plan of {self.job.study.name} in {self.folder.path}. Nothing has been written.",
-                self.conversion.render(),
+        lines = [f"Plan of {self.job.study.name} in {self.folder.path}. Nothing has been written."]
+        if "convert" in stages:
+            lines.append(self.conversion.render())
+        if "train" in stages:
+            lines += [
                 f"Hold out each {self.folds.by}",
                 f"  folds   {len(self.folds.folds)}, of {len(self.folds.classes)} labels{dropped}; "
                 f"split {self.folds.sha256[:12]}",
@@ -112,7 +117,7 @@ class StudyPlan:
                 f"tiles in memory of a rank: {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most",
                 f"  write   about {training['files']:,} files",
             ]
-        )
+        return "\n".join(lines)
 
 
 def plan_study(job: Job) -> StudyPlan:
@@ -124,19 +129,19 @@ def plan_study(job: Job) -> StudyPlan:
         The job or the screen's tables are wrong.
     """
     sizes = tile_sizes_px(job)
-    screen = read_screen(job.screen)
-    require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
     folder = StudyFolder(job.study.folder)
+    store = folder.store(job)
+    # Once it is converted, a study needs its tables and no more: the raw pictures may lie elsewhere by then.
+    screen = read_screen(job.screen, check_files=not is_store(store))
+    require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
     folds = plan_folds(screen.fields, job.folds)
-    conversion = plan_conversion(job.convert, screen, sizes, folder.store(job))
+    conversion = plan_conversion(job.convert, screen, sizes, store)
     runs = plan_runs(job, folds, conversion.content_digest)
     missing = tuple(run for run in runs if not is_done(folder.runs / run.id, run.digest))
     return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
 
 
-def run_study(
-    job: Job, stages: Sequence[str] = ("convert", "train", "aggregate")
-) -> tuple[StudyPlan, dict[str, Any] | None]:
+def run_study(job: Job, stages: Sequence[str] = STAGES) -> tuple[StudyPlan, dict[str, Any] | None]:
     """Do what is missing of a study's stages.
 
     Parameters
@@ -152,16 +157,27 @@ def run_study(
         What was missing when the call began.
     scores
         The document of `results/scores.json`; None unless `aggregate` is among the stages.
+
+    Raises
+    ------
+    UserError
+        Something is wrong or failed; what was finished before is kept.
     """
-    plan = plan_study(job)
-    with plan.folder.locked():
-        plan.folder.claim(job)
+    folder = StudyFolder(job.study.folder)
+    with folder.locked():
+        plan = plan_study(job)
+        if "convert" not in stages and not plan.converted:
+            raise UsageError(f"{plan.conversion.store} is not converted yet. Type: cellhpc convert JOB.toml")
+        folder.claim(job)
         _keep_folds(plan)
-        if "convert" in stages:
+        if "train" in stages and plan.missing:
+            _check_networks(plan)
+        if "convert" in stages and not plan.converted:
             convert(plan.conversion)
-            found = plan_study(job)  # runs depend on the fields that conversion had to set aside
-            plan = replace(found, converted=plan.converted)
-        if "train" in stages:
+            # The runs depend on the fields that conversion had to set aside.
+            plan = replace(plan_study(job), converted=False)
+        if "train" in stages and plan.missing:
+            check_folds(plan.folds, Store.open(plan.conversion.store).tiles)
             _train(plan)
         scores = _aggregate(plan) if "aggregate" in stages else None
     return plan, scores
@@ -179,51 +195,62 @@ def _keep_folds(plan: StudyPlan) -> None:
         )
 
 
+def _check_networks(plan: StudyPlan) -> None:
+    channels = max(3, len(plan.conversion.channels))
+    check(sorted({(run.network, run.tile_px, channels, run.weights) for run in plan.missing}))
+
+
 def _train(plan: StudyPlan) -> None:
-    """Train the missing runs; a run that is done is counted with all its epochs from the start."""
-    if not plan.missing:
-        return
+    """Train the missing runs and show how far they are: each rank 0 leaves the history of its run after every epoch."""
+    jobs = plan.training_jobs
     epochs = plan.job.train.epochs
+    began = time.time()
+    running = {job.id: [plan.folder.runs / run.id for run in job.runs] for job in jobs}
+    seen: dict[Path, int] = {}
     title = f"Training {len(plan.missing)} run(s) on {plan.job.sweep.ranks} rank(s)"
-    seen: dict[str, int] = {}
-    for run in plan.missing:
-        (plan.folder.runs / run.id / "history.json").unlink(missing_ok=True)
     with progress(title, len(plan.missing) * epochs, "epochs") as advance:
 
         def watch() -> None:
-            for run in plan.missing:
-                if seen.get(run.id, 0) < epochs:
-                    done, note = _epochs_done(plan.folder.runs / run.id, run)
-                    if done > seen.get(run.id, 0):
-                        advance(done - seen.get(run.id, 0), note)
-                        seen[run.id] = done
+            for units in running.values():
+                while units:
+                    done, note = _epochs_done(units[0], began)
+                    advance(done - seen.get(units[0], 0), note)
+                    seen[units[0]] = done
+                    if done < epochs and not (len(units) > 1 and _epochs_done(units[1], began)[0]):
+                        break
+                    units.pop(0)
 
         try:
-            run_here(plan.folder, plan.training_jobs, plan.job.sweep.parallel_jobs, watch)
+            run_here(plan.folder, jobs, plan.job.sweep.parallel_jobs, watch)
         finally:
             watch()
 
 
-def _epochs_done(unit: Path, run: Run) -> tuple[int, str]:
+def _epochs_done(unit: Path, began: float) -> tuple[int, str]:
+    """Count the epochs that a run has behind it; what an earlier attempt left does not count."""
+    history = unit / "history.json"
     try:
-        epochs = read_json(unit / "history.json")["epochs"]
+        if history.stat().st_mtime < began:
+            return 0, ""
+        epochs = read_json(history)["epochs"]
     except FileNotFoundError:
         return 0, ""
-    return len(epochs), f"{run.id}: loss {epochs[-1]['loss']:.3f}, {epochs[-1]['images_per_s']:.0f} images/s"
+    return len(epochs), f"{unit.name}: loss {epochs[-1]['loss']:.3f}, {epochs[-1]['images_per_s']:.0f} images/s"
 
 
 def _aggregate(plan: StudyPlan) -> dict[str, Any]:
     """Score the finished runs of the plan."""
     folders = [plan.folder.runs / run.id for run in plan.runs]
     stale = [
-        run.id
-        for run, unit in zip(plan.runs, folders, strict=True)
-        if (unit / "done.json").exists() and not is_done(unit, run.digest)
+        run.id for run, unit in zip(plan.runs, folders, strict=True) if done_digest(unit) not in (None, run.digest)
     ]
     if stale:
         raise DataError(
-            f"{len(stale)} run(s) were made with other settings, store or weights than the job file names now.",
+            f"{len(stale)} run(s) were made with other settings, store, ranks or weights than the job file names now.",
             stale,
             "Train them again with: cellhpc train JOB.toml",
         )
-    return aggregate(plan.folder.path, plan.job.study.name, folders, plan.folds.classes, plan.job.aggregate.combine)
+    job = plan.job
+    return aggregate(
+        plan.folder.path, job.study.name, folders, plan.folds.classes, job.aggregate.combine, plan.conversion.counts()
+    )

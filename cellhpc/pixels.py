@@ -36,7 +36,7 @@ PILLOW_MODES = {
 }
 
 
-class BadField(DataError):  # noqa: N818 - it is the field that is bad
+class BadField(DataError):
     """A field that can't be used; `reason` says in one line which file and why."""
 
     def __init__(self, reason: str) -> None:

@@ -29,6 +29,8 @@ RANK, RANKS, MEETING = "CELLHPC_RANK", "CELLHPC_RANKS", "CELLHPC_MEETING"
 MEETING_SECONDS = 300.0
 """How long ranks wait for each other at the start; importing TensorFlow on a busy machine can take a minute."""
 
+BUCKET_BYTES = 16 * 2**20
+
 
 class Ranks(Protocol):
     """The processes that train one run together."""
@@ -84,8 +86,20 @@ class HorovodRanks:
         self._horovod.broadcast_variables(list(variables), root_rank=0)
 
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Mean over the ranks of each tensor, in one grouped all-reduce."""
-        return list(self._horovod.grouped_allreduce(list(tensors), op=self._horovod.Average))
+        """Mean over the ranks of each tensor.
+
+        Tensors travel together in buckets: a hundred small ones, each announced to all ranks, would cost more than a
+        small network's step. Buckets of `BUCKET_BYTES` can leave while later gradients are still being computed.
+        """
+        import tensorflow as tf
+
+        means: list[Any] = []
+        for bucket in _buckets(tensors):
+            flat = tf.concat([tf.reshape(tensor, (-1,)) for tensor in bucket], 0)
+            mean = self._horovod.allreduce(flat, op=self._horovod.Average)
+            parts = tf.split(mean, [tensor.shape.num_elements() for tensor in bucket])
+            means += [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
+        return means
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Concatenate each rank's rows in the order of the ranks."""
@@ -98,6 +112,20 @@ class HorovodRanks:
             checksum.update(np.ascontiguousarray(array).tobytes())
         digests = self.gather(np.frombuffer(checksum.digest(), np.uint8)[None])
         return bool((digests == digests[0]).all())
+
+
+def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """Divide tensors of known shape, in their order, into buckets of one type and of about `BUCKET_BYTES`."""
+    bucket: list[Any] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size >= BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.shape.num_elements() * tensor.dtype.size
+    if bucket:
+        yield bucket
 
 
 @contextlib.contextmanager

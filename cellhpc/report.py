@@ -32,13 +32,13 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
     table.add_column("Treatments", justify="right", no_wrap=True)
     table.add_column("%", justify="right", no_wrap=True)
     table.add_column("95 % interval", justify="right", no_wrap=True)
-    for heading in ("Wells %", "Fields %", "Tiles %"):
+    for heading in ("Wells", "Fields", "Tiles"):
         table.add_column(heading, justify="right", no_wrap=True)
     for model in scores["models"]:
         levels = model["levels"]
         seeds = f", {len(model['seeds'])} seeds" if len(model["seeds"]) > 1 else ""
         name = Text(f"{model['network']}, {model['initialisation']}{seeds}")
-        rest = [_percent(levels[level]["accuracy"]) for level in ("well", "field", "tile")]
+        rest = ["{} ({} %)".format(*_counted(levels[level])[:2]) for level in ("well", "field", "tile")]
         table.add_row(name, *_counted(levels["treatment"]), *rest)
     table.add_section()
     names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}

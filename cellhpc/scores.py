@@ -277,7 +277,7 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
     units = by_treatment.agg(label=("label", "first"), batches=("batch", lambda names: frozenset(names) - {""}))
     folds = units.index.get_level_values("fold")
     chance = 1 / len(classes)
-    if folds.nunique() < 2:
+    if len(units) == 0 or folds.nunique() < 2:
         return {"chance": chance, "majority": None, "batch_only": None}
     majority_right = batch_right = 0
     for fold in folds.unique():

@@ -225,7 +225,7 @@ class SweepSettings(Settings):
     """Names of keras.applications, with arguments where wanted: `ResNet50`, `MobileNet(alpha=0.25)`."""
     weights: tuple[Weights, ...] = ("imagenet",)
     """Where training starts: `imagenet`, `xavier`, or the path of a weights file in keras.applications' layout."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """One run for each seed."""
     tile_px: int | None = Field(None, ge=32, le=1024)
     """Side of a tile in pixels; by default each network's own input size (224, or 299 for the Inceptions)."""

@@ -16,6 +16,8 @@ from cellhpc.settings import Job
 LOCK = ".lock"
 FIXED_SECTIONS = ("screen", "convert", "folds", "train")
 """Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
+FREE_KEYS = {"screen.path", "screen.tables", "convert.store", "convert.on_bad_field"}
+"""Keys of these sections that may change: where things lie, and what the store's own digest tells apart."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,19 @@ class StudyFolder:
 
         Raises
         ------
+        UsageError
+            The folder can't be made or written.
         UserError
             Another command holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.path / LOCK).open("w") as lock:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            opened = (self.path / LOCK).open("w")
+        except OSError as fault:
+            raise UsageError(
+                f"study.folder {self.path} can't be written: {fault.strerror}. Choose another: --set study.folder=..."
+            ) from None
+        with opened as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -106,6 +116,8 @@ class StudyFolder:
 
 
 def _differences(where: str, known: Any, now: Any) -> list[str]:
+    if where in FREE_KEYS:
+        return []
     if isinstance(known, dict) and isinstance(now, dict):
         return [
             line

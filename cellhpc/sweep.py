@@ -12,6 +12,9 @@ from cellhpc.ledger import digest
 from cellhpc.networks import Network, initialisation, parse_network, weights_digest
 from cellhpc.settings import Job
 
+TRAINING_FORMAT = 1
+"""Raised when the same settings train differently: runs of an earlier format are done again."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -71,6 +74,9 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
     names = [initialisation(weights) for weights in job.sweep.weights]
     if len(set(names)) != len(names):
         raise UsageError(f"sweep.weights: two files have one name: {', '.join(names)}. Rename one.")
+    slugs = [network.slug for network in networks(job)]
+    if len(set(slugs)) != len(slugs):
+        raise UsageError(f"sweep.networks names a network twice: {', '.join(slugs)}.")
     starts = [(weights, initialisation(weights), weights_digest(weights)) for weights in job.sweep.weights]
     runs = []
     for network in networks(job):
@@ -79,6 +85,8 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
             for seed in job.sweep.seeds:
                 for number, fold in enumerate(folds.folds):
                     content = {
+                        "format": TRAINING_FORMAT,
+                        "ranks": job.sweep.ranks,  # batch statistics and augmentation see a rank's share of a batch
                         "network": [network.name, network.arguments],
                         "weights": identity,
                         "seed": seed,
@@ -91,7 +99,7 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
                     runs.append(
                         Run(
                             id=f"{network.slug}_{start}_s{seed}_f{number:02d}",
-                            network=str(job.sweep.networks[networks(job).index(network)]),
+                            network=network.text,
                             weights=weights,
                             initialisation=start,
                             seed=seed,

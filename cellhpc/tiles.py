@@ -15,6 +15,11 @@ from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import read_json
 
 
+def is_store(folder: Path) -> bool:
+    """Tell whether a store that was finished once lies in a folder."""
+    return (folder / STORE).is_file()
+
+
 @dataclass(frozen=True)
 class Store:
     """A finished store of tiles.

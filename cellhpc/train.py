@@ -9,6 +9,7 @@ moving statistics are averaged after each epoch, after which the weights of all 
 from __future__ import annotations
 
 import math
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
-from cellhpc.ledger import is_done, mark_done, provenance, write_json, write_table
+from cellhpc.ledger import DONE, is_done, mark_done, provenance, write_json, write_table
 from cellhpc.networks import Network, build, parse_network, scale_input
 from cellhpc.ranks import Ranks
 from cellhpc.scores import levels
@@ -67,6 +67,10 @@ def load_data(store: Store, folds: Folds, tile_px: int) -> Data:
     """Read all used tiles of a store into memory."""
     tiles = store.tiles[folds.used(store.tiles)].reset_index(drop=True)
     return Data(store.read(tiles, tile_px), tiles, folds.classes, folds.by)
+
+
+class RunFailed(UserError):
+    """A run can't go on; all ranks see it at the same step, and can train the next run."""
 
 
 class Trainer:
@@ -178,7 +182,7 @@ class Trainer:
 
         Raises
         ------
-        UserError
+        RunFailed
             The loss is not finite, or the weights of the ranks differ.
         """
         settings, tiles = self.settings, self.data.tiles
@@ -208,9 +212,9 @@ class Trainer:
                 self.optimizer.learning_rate.assign(_learning_rate(settings, at, steps * settings.epochs))
                 loss = float(self._step(pixels, labels, weights, self._draw(run.seed, at)))
                 if not math.isfinite(loss):
-                    raise UserError(
-                        f"run {run.id}: the loss is {loss} at epoch {epoch}, step {number + 1} with learning rate "
-                        f"{float(self.optimizer.learning_rate):g}. Lower it: --set train.learning_rate=..."
+                    raise RunFailed(
+                        f"the loss is {loss} at epoch {epoch}, step {number + 1} with learning rate "
+                        f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
                     )
                 losses.append(loss)
             self._agree(run, epoch)
@@ -266,6 +270,10 @@ class Trainer:
         self.model.set_weights(self._initial[1])
         for variable in self.optimizer.variables:
             variable.assign(np.zeros(variable.shape, variable.dtype))
+        for number, layer in enumerate(self.model.layers):
+            if hasattr(layer, "seed_generator"):  # dropout: as if no run had come before in this process
+                draw = np.random.default_rng([run.seed, number, self.ranks.rank, 2])
+                layer.seed_generator.state.assign(draw.integers(0, 2**31 - 1, 2))
         self.ranks.broadcast([weight.value for weight in self.model.weights if "float" in weight.dtype])
 
     def _draw(self, seed: int, at: int) -> np.ndarray:
@@ -282,7 +290,7 @@ class Trainer:
             ):
                 variable.assign(value)
         if not self.ranks.equal(self.model.get_weights()):
-            raise UserError(f"run {run.id}: the weights of the {self.ranks.size} ranks differ after epoch {epoch}")
+            raise RunFailed(f"the weights of the {self.ranks.size} ranks differ after epoch {epoch}")
 
 
 def train_run(trainer: Trainer, run: Run, folds: Folds, folder: Path) -> None:
@@ -294,10 +302,19 @@ def train_run(trainer: Trainer, run: Run, folds: Folds, folder: Path) -> None:
     done_on_ranks = trainer.ranks.gather(np.array([[is_done(unit, run.digest)]], np.int32))
     if done_on_ranks[0, 0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
         return
+    if trainer.ranks.rank == 0:
+        for name in (
+            DONE,
+            "run.json",
+            "predictions.parquet",
+            "history.json",
+        ):  # first the marker, which speaks for all
+            (unit / name).unlink(missing_ok=True)
     began = time.time()
     _, predictions = trainer.fit(run, folds, unit / "history.json")
     if trainer.ranks.rank:
         return
+    training = folds.training(trainer.data.tiles, run.fold)
     write_table(unit / "predictions.parquet", predictions)
     write_json(
         unit / "run.json",
@@ -314,12 +331,13 @@ def train_run(trainer: Trainer, run: Run, folds: Folds, folder: Path) -> None:
             "classes": list(folds.classes),
             "settings": trainer.settings.model_dump(mode="json"),
             "ranks": trainer.ranks.size,
-            "training_tiles": int(folds.training(trainer.data.tiles, run.fold).sum()),
+            "trained_on": sorted(set(trainer.data.tiles.loc[training, folds.by].astype(str))),
+            "training_tiles": int(training.sum()),
             "held_out_tiles": len(predictions),
             "parameters": int(trainer.model.count_params()),
             "began": began,
             "seconds": time.time() - began,
-            "memory_mb": psutil.Process().memory_info().rss / 1e6,
+            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **provenance(),
         },
     )

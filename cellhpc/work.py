@@ -1,13 +1,11 @@
 """What one process of a training job does: join the other ranks, and train the job's runs one after the other.
 
-Started by an executor as ``python -m cellhpc.work STUDY JOB``, once for each rank.
+Started by an executor as ``python -m cellhpc.work STUDY JOB.json``, once for each rank.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -15,18 +13,25 @@ from pathlib import Path
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, read_folds
 from cellhpc.ledger import provenance, read_json
+from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.ranks import Ranks, joined
 from cellhpc.settings import parse_job
 from cellhpc.study import StudyFolder
 from cellhpc.sweep import TrainingJob
 from cellhpc.tiles import Store
-from cellhpc.train import Trainer, load_data, train_run
+from cellhpc.train import RunFailed, Trainer, load_data, train_run
 
 
-def work(study: StudyFolder, job_id: str) -> None:
-    """Train the runs of one job; every rank of the job calls it."""
+def work(study: StudyFolder, job_file: Path) -> None:
+    """Train the runs of one job; every rank of the job calls it.
+
+    Raises
+    ------
+    UserError
+        Runs failed; names them. The others were trained.
+    """
     provenance()  # before the first run: the checkout may change while this process works
-    training_job = TrainingJob.from_json(read_json(study.jobs / job_id / "job.json"))
+    training_job = TrainingJob.from_json(read_json(job_file))
     _prepare_tensorflow(training_job.threads)
     with joined() as ranks:
         _train(study, training_job, ranks)
@@ -36,14 +41,20 @@ def _train(study: StudyFolder, training_job: TrainingJob, ranks: Ranks) -> None:
     job = parse_job(read_json(study.job), str(study.job))
     folds: Folds = read_folds(study.folds)
     store = Store.open(study.store(job))
+    failed = []
     for tile_px, runs_of_size in groupby(training_job.runs, key=lambda run: run.tile_px):
         data = load_data(store, folds, tile_px)
         for network, runs in groupby(runs_of_size, key=lambda run: run.network):
             trainer = Trainer(network, data, job.train, ranks)
             for run in runs:
-                train_run(trainer, run, folds, study.runs)
+                try:
+                    train_run(trainer, run, folds, study.runs)
+                except RunFailed as fault:
+                    failed.append(f"{run.id}: {fault}")
                 if ranks.rank == 0:
-                    print(f"{run.id}: done", flush=True)
+                    print(failed[-1] if failed and failed[-1].startswith(run.id) else f"{run.id}: done", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} run(s) failed: " + " ".join(failed))
 
 
 def _prepare_tensorflow(threads: int) -> None:
@@ -52,9 +63,7 @@ def _prepare_tensorflow(threads: int) -> None:
     try:
         import tensorflow as tf
     except ImportError:
-        raise UserError(
-            "training needs TensorFlow, which is not installed here. Type: pip install 'cellhpc[cpu]'"
-        ) from None
+        raise UserError(NO_TENSORFLOW) from None
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     for device in tf.config.list_physical_devices("GPU"):
@@ -62,17 +71,10 @@ def _prepare_tensorflow(threads: int) -> None:
     tf.config.experimental.enable_op_determinism()
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to end this process with the one that started it: an executor that is killed leaves no rank behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def main() -> None:
-    """Entry point of ``python -m cellhpc.work STUDY JOB``."""
-    _end_with_parent()
+    """Entry point of ``python -m cellhpc.work STUDY JOB.json``."""
     try:
-        work(StudyFolder(Path(sys.argv[1])), sys.argv[2])
+        work(StudyFolder(Path(sys.argv[1])), Path(sys.argv[2]))
     except UserError as fault:
         sys.exit(f"cellhpc: {fault}")
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import CLASSES, COMPOUNDS, make_study, predictions
 
 from cellhpc import ledger, scores
 from cellhpc.aggregate import aggregate
 from cellhpc.errors import DataError
+from tests.made_up import CLASSES, COMPOUNDS, make_study, predictions
 
 
 @pytest.fixture(scope="module")

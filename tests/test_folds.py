@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from cellhpc.errors import DataError, UsageError
-from cellhpc.folds import plan_folds, read_folds, write_folds
+from cellhpc.folds import check_folds, plan_folds, read_folds, write_folds
 from cellhpc.screens import read_screen
 from cellhpc.settings import Bbbc021Screen, FoldsSettings
 
@@ -64,6 +64,25 @@ def test_another_column_can_be_held_out() -> None:
         UsageError, match=r"folds.by is 'cellline', which is no column.*Allowed: compound, label, plate, role"
     ):
         plan_folds(TABLE, FoldsSettings(by="cellline"))
+
+
+def test_numbers_can_be_held_out_too() -> None:
+    table = TABLE.assign(dose=[0.1, 0.3, 0.1, 0.3] * 2)
+    folds = plan_folds(table, FoldsSettings(by="dose"))
+    assert [fold.name for fold in folds.folds] == ["0.1", "0.3"]
+    assert folds.held_out(table, folds.folds[0]).sum() == folds.training(table, folds.folds[0]).sum() == 4
+
+
+def test_a_fold_that_conversion_left_empty_is_refused() -> None:
+    folds = plan_folds(TABLE, FoldsSettings())
+    check_folds(folds, TABLE)
+    kept = TABLE[TABLE["compound"] != "a1"]
+    with pytest.raises(DataError) as fault:
+        check_folds(folds, kept)
+    assert fault.value.problems == (
+        "compound a1: none of its tiles was kept",
+        "without compound a2: no tile of A is left to learn from",
+    )
 
 
 def test_one_label_is_not_enough() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cellhpc.ledger import digest, is_done, mark_done, provenance, replacing, write_json, write_table
+from cellhpc.errors import DataError
+from cellhpc.ledger import digest, is_done, mark_done, provenance, read_json, replacing, write_json, write_table
 
 
 def test_digest_depends_on_the_content_and_not_on_the_order_of_keys() -> None:
@@ -31,6 +32,12 @@ def test_a_unit_is_done_only_with_the_digest_that_is_expected(tmp_path: Path) ->
     assert not is_done(tmp_path, "two")
     (tmp_path / "done.json").write_text('{"digest": "on')
     assert not is_done(tmp_path, "one")
+
+
+def test_a_torn_document_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.json").write_text('{"a": ')
+    with pytest.raises(DataError, match=r"torn.json: not a JSON document"):
+        read_json(tmp_path / "torn.json")
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.parquet"])

@@ -104,7 +104,7 @@ def test_a_second_call_does_nothing_and_says_so(finished: tuple[Path, str], cell
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     again = cellhpc("run", folder / "job.toml")
     assert again.returncode == 0
-    assert "Nothing to do for what was converted and trained before." in again.stdout
+    assert "Nothing was to be converted or trained." in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -151,10 +151,68 @@ def test_a_rank_that_dies_ends_its_job_with_a_reason_and_the_rest_is_kept(tmp_pa
     assert command.returncode == 1
     assert time.monotonic() - began < 60
     assert "1 of 1 training job(s) failed; finished runs are kept." in said
-    assert "train-0000: rank" in said
+    assert "train-0000: rank 1 was ended by signal 9 (out of memory?)" in said
     assert "Run the same command again to do what is missing." in said
     assert "Traceback" not in said
     assert list(runs.glob("*/done.json"))
+
+
+def test_a_command_that_is_killed_while_ranks_start_leaves_none_behind(tmp_path: Path, raw: Path) -> None:
+    job = job_file(tmp_path, raw)
+    command = subprocess.Popen([sys.executable, "-m", "cellhpc.cli", "run", str(job)], env={**os.environ})
+    jobs = tmp_path / "study" / "jobs"
+    deadline = time.monotonic() + 240
+    while not list(jobs.glob("*/attempt-1/processes.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    assert len(ranks) >= 2
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
+
+
+def test_one_run_that_fails_does_not_stop_the_others(tmp_path: Path, raw: Path, cellhpc: Cellhpc) -> None:
+    """A learning rate that only the network without batch normalisation can't bear."""
+    job = job_file(tmp_path, raw)
+    changes = ('sweep.networks=["VGG16", "MobileNet(alpha=0.25)"]', "train.learning_rate=1e6", "train.epochs=1")
+    words = [word for change in changes for word in ("--set", change)]
+    failed = cellhpc("run", job, *words, "--set", "sweep.ranks=1")
+    assert failed.returncode == 1
+    assert "6 run(s) failed: VGG16_xavier_s0_f00: the loss is nan at epoch 1" in failed.stderr
+    done = sorted(path.parent.name for path in (tmp_path / "study" / "runs").glob("*/done.json"))
+    assert [name.split("_")[0] for name in done] == ["MobileNet-alpha0.25"] * 6
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_finished_store_needs_no_raw_pictures(
+    finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    (tmp_path / "tables").mkdir()
+    for table in raw.glob("*.csv"):
+        (tmp_path / "tables" / table.name).write_bytes(table.read_bytes())
+    again = cellhpc("run", finished[0] / "job.toml", "--set", f"screen.path={tmp_path / 'tables'}")
+    assert again.returncode == 0, again.stderr
+    assert "Nothing was to be converted or trained." in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ('sweep.networks=["InceptionV3"]', 2, "InceptionV3 with input (32, 32, 3)"),
+        ('sweep.networks=["MobileNet(alpha=0.25, beta=1)"]', 2, "beta"),
+        ("sweep.seeds=[-1]", 2, "sweep.seeds.0: found -1. Input should be greater than or equal to 0"),
+        ('sweep.weights=["{folder}/job.toml"]', 1, "not a weights file in the layout of keras.applications"),
+    ],
+)
+def test_what_can_not_be_trained_is_refused_before_a_pixel_is_converted(
+    tmp_path: Path, raw: Path, cellhpc: Cellhpc, change: str, code: int, message: str
+) -> None:
+    refused = cellhpc("run", job_file(tmp_path, raw), "--set", change.format(folder=tmp_path))
+    assert refused.returncode == code, refused.stderr
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "study" / "store").exists()
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, raw: Path, cellhpc: Cellhpc) -> None:
@@ -174,11 +232,11 @@ def test_stages_one_by_one_give_what_one_command_gives(
 ) -> None:
     job = job_file(tmp_path, raw)
     early = cellhpc("aggregate", job)
-    assert early.returncode == 1
-    assert "Train them first, with: cellhpc train JOB.toml" in early.stderr
+    assert early.returncode == 2
+    assert "is not converted yet. Type: cellhpc convert JOB.toml" in early.stderr
     unconverted = cellhpc("train", job)
-    assert unconverted.returncode != 0
-    assert "Type: cellhpc convert JOB.toml" in unconverted.stderr
+    assert unconverted.returncode == 2
+    assert "is not converted yet. Type: cellhpc convert JOB.toml" in unconverted.stderr
     for stage in ("convert", "train", "aggregate"):
         done = cellhpc(stage, job)
         assert done.returncode == 0, done.stderr
@@ -208,3 +266,18 @@ def test_pictures_that_are_missing_are_refused_before_anything_is_written(
     shown = cellhpc("inspect", job)
     assert shown.returncode == 0
     assert "none of" in shown.stdout
+
+
+def test_a_cell_line_can_be_held_out_as_in_bbbc014(tmp_path: Path, cellhpc: Cellhpc) -> None:
+    small = ("--set", "size_px=[64, 80]", "--set", "cell_px=14")
+    made = cellhpc("synth", "bbbc014", tmp_path / "raw", "--preset", "demo", *small)
+    assert made.returncode == 0, made.stderr
+    job = tmp_path / "job.toml"
+    text = JOB.format(folder=tmp_path).replace('"bbbc021"', '"bbbc014"').replace("ranks = 2", "ranks = 1")
+    job.write_text(text + '[folds]\nby = "cell_line"\n[convert]\npreprocessing = "none"\n')
+    done = cellhpc("run", job)
+    assert done.returncode == 0, done.stderr
+    scores = read_json(tmp_path / "study" / "results" / "scores.json")
+    assert scores["runs"]["done"] == 2
+    assert scores["models"][0]["levels"]["well"]["total"] == 64  # columns 5 to 8 of the 96 wells carry no label
+    assert not [sentence for sentence in scores["headline"] if "leak" in sentence]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import CLASSES, make_study
 from rich.console import Console
 
 from cellhpc.aggregate import aggregate
 from cellhpc.report import render_report, render_scores
+from tests.made_up import CLASSES, make_study
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (300).to_bytes(4, "big") + (200).to_bytes(4, "big")
 

@@ -7,12 +7,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import CLASSES, predictions
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 from cellhpc import scores
 from cellhpc.errors import DataError
+from tests.made_up import CLASSES, predictions
 
 COLUMNS = [scores.PREFIX + name for name in CLASSES]
 

@@ -40,6 +40,22 @@ def test_a_sweep_may_grow(tmp_path: Path) -> None:
     study.claim(job(study.path, sweep={"seeds": [0, 1]}, aggregate={"combine": "median"}))
 
 
+def test_where_things_lie_and_what_is_done_with_bad_fields_may_change(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "study")
+    study.claim(job(study.path))
+    moved = {"layout": "bbbc021", "path": "elsewhere"}
+    study.claim(job(study.path, screen=moved, convert={"on_bad_field": "skip", "store": "shared"}))
+
+
+def test_a_folder_that_can_not_be_made_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UsageError, match=r"study.folder .*/file can't be written"),
+        StudyFolder(tmp_path / "file").locked(),
+    ):
+        pass
+
+
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty and holds no study"):

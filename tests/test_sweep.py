@@ -47,8 +47,9 @@ def test_a_digest_covers_what_the_result_depends_on_and_nothing_else(folds: Fold
         return plan_runs(planned, folds, store)[0].digest
 
     base = first()
-    assert first(ranks=4, parallel_jobs=2, runs_per_job=5) == base
+    assert first(parallel_jobs=2, runs_per_job=5) == base
     assert first(seeds=[0, 1]) == base
+    assert first(ranks=2) != base  # batch statistics and augmentation see a rank's share
     assert first(store="other") != base
     assert first(train={"epochs": 3}) != base
     assert first(tile_px=64) != base
@@ -67,6 +68,14 @@ def test_two_weights_files_of_one_name_are_refused(folds: Folds, tmp_path: Path)
         (tmp_path / folder / "w.h5").write_bytes(b"")
     with pytest.raises(UsageError, match=r"sweep.weights: two files have one name"):
         plan_runs(job(weights=[str(tmp_path / "a/w.h5"), str(tmp_path / "b/w.h5")]), folds, "store")
+
+
+def test_one_network_in_two_spellings_is_refused(folds: Folds) -> None:
+    networks = ["MobileNet(alpha=0.25)", "MobileNet(alpha = 0.25)"]
+    with pytest.raises(
+        UsageError, match=r"sweep.networks names a network twice: MobileNet-alpha0.25, MobileNet-alpha0"
+    ):
+        plan_runs(job(networks=networks, weights=["xavier"]), folds, "store")
 
 
 @pytest.mark.parametrize(

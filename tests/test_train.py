@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellhpc.errors import UserError
 from cellhpc.ledger import read_json
 from cellhpc.ranks import OneRank
-from cellhpc.train import Trainer, _class_weights, _learning_rate, train_run
+from cellhpc.train import RunFailed, Trainer, _class_weights, _learning_rate, train_run
 from tests import small
 from tests.ranks_at_work import start_ranks
 
@@ -35,12 +34,14 @@ def test_a_run_learns_and_predicts_only_what_it_held_out(trainer: Trainer) -> No
     assert history[-1]["held_out"]["tile"]["total"] == len(predictions)
 
 
-def test_packed_runs_are_the_runs_they_would_be_alone(trainer: Trainer) -> None:
-    data, folds = small.data()
-    second = small.run(folds, MOBILENET, fold=4, seed=7)
-    trainer.fit(small.run(folds, MOBILENET, fold=0), folds)
-    _, packed = trainer.fit(second, folds)
-    _, alone = Trainer(MOBILENET, data, small.SETTINGS, OneRank()).fit(second, folds)
+@pytest.mark.parametrize("network", [MOBILENET, "EfficientNetB0"])  # the second has dropout
+def test_packed_runs_are_the_runs_they_would_be_alone(network: str) -> None:
+    data, folds = small.data(per_compound=4)
+    second = small.run(folds, network, fold=4, seed=7)
+    shared = Trainer(network, data, small.SETTINGS, OneRank())
+    shared.fit(small.run(folds, network, fold=0), folds)
+    _, packed = shared.fit(second, folds)
+    _, alone = Trainer(network, data, small.SETTINGS, OneRank()).fit(second, folds)
     pd.testing.assert_frame_equal(packed, alone, check_exact=True)
 
 
@@ -51,6 +52,7 @@ def test_a_run_leaves_its_record_and_is_not_done_twice(trainer: Trainer, tmp_pat
     record = read_json(tmp_path / run.id / "run.json")
     assert record["fold"] == {"name": run.fold.name, "held_out": list(run.fold.held_out)}
     assert record["folds_sha256"] == folds.sha256
+    assert not set(record["trained_on"]) & set(run.fold.held_out)
     assert record["training_tiles"] + record["held_out_tiles"] == len(trainer.data.tiles)
     before = (tmp_path / run.id / "predictions.parquet").stat().st_mtime_ns
     train_run(trainer, run, folds, tmp_path)
@@ -60,7 +62,9 @@ def test_a_run_leaves_its_record_and_is_not_done_twice(trainer: Trainer, tmp_pat
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where() -> None:
     data, folds = small.data()
     settings = small.SETTINGS.model_copy(update={"learning_rate": 1e30})
-    with pytest.raises(UserError, match=r"the loss is nan at epoch 1, step \d with learning rate 1e\+30. Lower it"):
+    with pytest.raises(
+        RunFailed, match=r"the loss is nan at epoch 1, step \d with learning rate 1e\+30. Lower train.l"
+    ):
         Trainer("VGG16", data, settings, OneRank()).fit(small.run(folds, "VGG16"), folds)
 
 

@@ -31,7 +31,6 @@ from cellhpc.convert.plan import (
     FieldSource,
     Plate,
     Task,
-    plan_conversion,
     recorded_identity,
     refuse_other_store,
 )
@@ -54,8 +53,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 # Dask is imported where a cluster is started: most calls find a store that is finished, and should not wait for it.
-
-__all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
 
 DMSO_FIELDS = 8
 """DMSO fields that are counted in one task."""
@@ -254,7 +251,8 @@ def _run(client: Client, jobs: Iterator[tuple[Work, tuple[Any, ...], Any]], wind
         except KilledWorker:
             raise UserError(
                 "A worker process died four times on the same task, most likely for want of memory. "
-                "Set a smaller convert.shard_fields, then type the same command: what is done stays done."
+                "Give them more memory and type the same command: what is done stays done. Or begin a new study.folder "
+                "with a smaller convert.shard_fields."
             ) from None
         future.release()
         running.update(submit())

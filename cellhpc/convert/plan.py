@@ -131,6 +131,14 @@ class ConversionPlan:
         bad = recorded.get("bad_fields", []) if recorded.get("digest") == self.digest else []
         return digest([self.digest, bad]) if bad else self.digest
 
+    def counts(self) -> dict[str, Any]:
+        """Tell what a finished conversion kept and set aside; empty when it is not finished."""
+        recorded = _read(self.store / STORE)
+        if recorded.get("digest") != self.digest:
+            return {}
+        keys = ("plate", "well", "field", "role", "reason")
+        return {**recorded["counts"], "set_aside": [{key: bad[key] for key in keys} for bad in recorded["bad_fields"]]}
+
     @property
     def normalised(self) -> bool:
         """Whether DMSO fields are read for their statistics."""

@@ -238,6 +238,14 @@ def _check_names(fields: pd.DataFrame) -> list[str]:
     problems = []
     for column in ("plate", "well", "compound"):
         problems += [f"{where}: the {column} is empty" for where in fields.index[fields[column] == ""]]
+    # Two spellings of one compound would be two compounds: one held out, the other trained on.
+    compounds = fields["compound"].drop_duplicates()
+    spellings = compounds.groupby(compounds.map(_plain))
+    problems += [
+        f"compound {' and '.join(repr(name) for name in names)}: one compound, {len(names)} spellings? Write it in one"
+        for names in spellings.agg(list)
+        if len(names) > 1
+    ]
     # A plate's name becomes the name of a folder in the store.
     unusable = fields["plate"].str.contains(r"[/\\\x00-\x1f]|^\.|^__", regex=True)
     problems += [
@@ -245,6 +253,10 @@ def _check_names(fields: pd.DataFrame) -> list[str]:
         for where, plate in fields.loc[unusable, "plate"].drop_duplicates().items()
     ]
     return problems
+
+
+def _plain(name: str) -> str:
+    return "".join(name.split()).casefold()
 
 
 def _check_repeats(fields: pd.DataFrame) -> list[str]:
