@@ -8,6 +8,7 @@ anything else is done again. Nothing is ever half there under its final name.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from cellhpc.errors import DataError
+from cellhpc.errors import DataError, UsageError
 
 DONE = "done.json"
 
@@ -102,6 +103,28 @@ def done_digest(unit: Path) -> str | None:
 def mark_done(unit: Path, unit_digest: str, **facts: Any) -> None:
     """Mark a unit of work as finished; the last thing that is written of it."""
     write_json(unit / DONE, {"digest": unit_digest, **facts})
+
+
+@contextlib.contextmanager
+def held(lock: Path, where: str, taken: str) -> Iterator[None]:
+    """Hold a lock file for this process; it is free again when the process ends, however it ends.
+
+    Raises
+    ------
+    UsageError
+        The file can't be made (the message begins with `where`), or another process holds it (`taken`).
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        opened = lock.open("w")
+    except OSError as fault:
+        raise UsageError(f"{where} can't be written: {fault.strerror}. Choose another folder.") from None
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(taken) from None
+        yield
 
 
 @functools.cache

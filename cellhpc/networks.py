@@ -41,7 +41,7 @@ NETWORKS = {name: family for family, names in _FAMILIES.items() for name in name
 
 _SIDES_PX = {"InceptionResNetV2": 299, "InceptionV3": 299, "Xception": 299, "NASNetLarge": 331}
 WEIGHTLESS = ("imagenet", "xavier")
-NO_TENSORFLOW = "training needs TensorFlow, which is not installed here. In cellhpc's sources, type: pip install '.[cpu]'"
+NO_TENSORFLOW = "training needs TensorFlow, which isn't installed. In cellhpc's sources, type: pip install '.[cpu]'"
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cellhpc.errors import UsageError, UserError
-from cellhpc.ledger import read_json, write_json
+from cellhpc.errors import UsageError
+from cellhpc.ledger import held, read_json, write_json
 from cellhpc.settings import Job
 
 LOCK = ".lock"
@@ -87,32 +85,16 @@ class StudyFolder:
         if known != document:
             write_json(self.job, document)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the study for this process: two commands at once would compute the same runs.
 
         Raises
         ------
         UsageError
-            The folder can't be made or written.
-        UserError
-            Another command holds it.
+            The folder can't be made or written, or another command holds it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            opened = (self.path / LOCK).open("w")
-        except OSError as fault:
-            raise UsageError(
-                f"study.folder {self.path} can't be written: {fault.strerror}. Choose another: --set study.folder=..."
-            ) from None
-        with opened as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another cellhpc command is at work in {self.path}. Wait for it, or stop it."
-                ) from None
-            yield
+        taken = f"another cellhpc command is at work in {self.path}. Wait for it, or stop it."
+        return held(self.path / LOCK, f"study.folder {self.path}", taken)
 
 
 def _differences(where: str, known: Any, now: Any) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cellhpc.errors import UsageError, UserError
+from cellhpc.errors import UsageError
 from cellhpc.settings import Job, parse_job
 from cellhpc.study import StudyFolder
 
@@ -66,7 +66,7 @@ def test_a_study_is_private_and_held_by_one_command_at_a_time(tmp_path: Path) ->
     study = StudyFolder(tmp_path / "study")
     with study.locked():
         assert stat.S_IMODE(study.path.stat().st_mode) == 0o700
-        with pytest.raises(UserError, match="another cellhpc command is at work in"), study.locked():
+        with pytest.raises(UsageError, match="another cellhpc command is at work in"), study.locked():
             pass
     with study.locked():
         pass

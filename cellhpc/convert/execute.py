@@ -10,10 +10,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,8 @@ from cellhpc.convert.tasks import (
     statistics_record,
 )
 from cellhpc.correct import PlateStatistics, plate_statistics
-from cellhpc.errors import DataError, UsageError, UserError, listing
-from cellhpc.ledger import read_json, write_json, write_text
+from cellhpc.errors import DataError, UserError, listing
+from cellhpc.ledger import held, read_json, write_json, write_text
 from cellhpc.progress import progress
 
 if TYPE_CHECKING:
@@ -283,22 +283,10 @@ def _cluster(workers: int) -> Iterator[Client]:
         yield client
 
 
-@contextlib.contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Keep other conversions out of the store; the lock ends with this process, however it ends."""
-    try:
-        (store / WORK).mkdir(parents=True, exist_ok=True)
-        lock = (store / WORK / "lock").open("w")
-    except OSError as fault:
-        raise UserError(f"{store} can't be written: {fault.strerror}. Set convert.store to another folder.") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{store}: another process converts into this store. Wait until it ends, then type this again."
-            ) from None
-        yield
+def _locked(store: Path) -> AbstractContextManager[None]:
+    """Keep other conversions out of the store."""
+    taken = f"{store}: another process converts into this store. Wait until it ends, then type this again."
+    return held(store / WORK / "lock", f"convert.store {store}", taken)
 
 
 def _claim(plan: ConversionPlan) -> None:
