@@ -13,6 +13,7 @@
 `scores.json` (`cellhpc-scores/1`)::
 
     study, complete, headline     name; whether every planned run is in; sentences, what is missing first
+    cautions                      those sentences of the headline that a reader of the numbers must know besides
     combine, classes, abbreviations, folds.{by, sha256, total}, runs.{done, expected, missing}
     models[]                      one for each network and initialisation
       network, initialisation, weights, slug, seeds
@@ -148,14 +149,13 @@ def aggregate(
     whole = set(wells["fold"]) == {fold.name for fold in folds.folds}  # else the training treatments are not all known
     missing = [folder.name for folder in runs if folder not in set(finished)]
     headline = _headline([model for model, _ in scored], len(finished), len(runs), missing)
-    headline += _cautions(wells, folds, conversion or {})
-    if folds.by not in wells:
-        headline.append(f"Not checked for leaks: the predictions have no column {folds.by}, which the folds hold out.")
+    cautions = _cautions(wells, folds, conversion or {})
     document = {
         "schema": SCHEMA,
         "study": job_name,
         "complete": not missing,
-        "headline": headline,
+        "headline": headline + cautions,
+        "cautions": cautions,
         "combine": how,
         "classes": list(classes),
         "abbreviations": figures.abbreviate(classes),
@@ -388,6 +388,8 @@ def _cautions(wells: pd.DataFrame, folds: Folds, conversion: Mapping[str, Any]) 
             f"What is held out is the {folds.by}: the same compounds are in training, so this is not the accuracy for "
             "new compounds."
         )
+    if folds.by not in wells:
+        sentences.append(f"Not checked for leaks: the predictions have no column {folds.by}, which the folds hold out.")
     return sentences
 
 

@@ -38,7 +38,10 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
         levels = model["levels"]
         seeds = f", {len(model['seeds'])} seeds" if len(model["seeds"]) > 1 else ""
         name = Text(f"{model['network']}, {model['initialisation']}{seeds}")
-        rest = ["{} ({} %)".format(*_counted(levels[level])[:2]) for level in ("well", "field", "tile")]
+        rest = [
+            f"{_percent(levels[level]['accuracy'])} % of {levels[level]['total']}"
+            for level in ("well", "field", "tile")
+        ]
         table.add_row(name, *_counted(levels["treatment"]), *rest)
     table.add_section()
     names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}

@@ -257,3 +257,13 @@ class TestRefusals:
         ledger.write_json(path, {"epochs": ledger.read_json(path)["epochs"][:2]})
         with pytest.raises(DataError, match="2 epochs in ResNet50_imagenet_s0_f00; 3 epochs in"):
             again(study)
+
+
+def test_a_reader_is_warned_of_compounds_on_both_sides_and_of_fields_set_aside(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    made = make_study(study)
+    bad = {"plate": "P1", "well": "B02", "field": 1, "role": "treatment", "reason": "torn"}
+    document = aggregate(study, "made", made, CLASSES, conversion={"bad_fields": 1, "set_aside": [bad]})
+    assert document["cautions"] == ["1 field(s) could not be read and were set aside; scores.json lists them."]
+    assert document["headline"][-1:] == document["cautions"]
+    assert document["conversion"]["set_aside"] == [bad]

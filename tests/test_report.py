@@ -114,7 +114,7 @@ def test_a_page_of_one_seed_without_settings(scores: dict[str, Any]) -> None:
 
 
 def test_the_closing_table(scores: dict[str, Any]) -> None:
-    console = Console(width=120, file=io.StringIO())
+    console = Console(width=160, file=io.StringIO())
     console.print(render_scores(scores))
     text = console.file.getvalue()
     at = scores["models"][1]["levels"]["treatment"]
