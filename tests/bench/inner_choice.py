@@ -4,8 +4,8 @@ The 18 compounds are divided into two halves, A and B. Within a half, some compo
 network learns from the others of that half alone. Half A chooses for the folds that hold out a compound of half B, and
 the reverse. A half chooses the job file's settings if no candidate is better by more than one standard error of the
 difference, compound by compound (the rule of Breiman et al. 1984), else the best candidate. Where the halves choose
-differently, one job file departs from one of them. Xavier-initialised networks are trained with the same settings, as in
-the paper. Needs CELLHPC_DATA.
+differently, one job file departs from one of them. Xavier-initialised networks are trained with the same settings, as
+in the paper. Needs CELLHPC_DATA.
 """
 
 from __future__ import annotations
