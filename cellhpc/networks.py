@@ -76,21 +76,24 @@ def parse_network(text: str) -> Network:
     UsageError
         The text is neither, or keras.applications has no such network.
     """
+    unreadable = UsageError(f"sweep.networks: {text!r} is no network. Write it as ResNet50 or MobileNet(alpha=0.25).")
     try:
         node = ast.parse(text, mode="eval").body
         call = node if isinstance(node, ast.Call) else None
         name = ast.unparse(call.func if call else node)
-        positional = bool(call and call.args)
         arguments = tuple((str(word.arg), ast.literal_eval(word.value)) for word in call.keywords) if call else ()
     except (SyntaxError, ValueError):
-        positional = True
-    if positional:
-        raise UsageError(
-            f"sweep.networks: {text!r} is no network. Write it as ResNet50 or MobileNet(alpha=0.25)."
-        ) from None
+        raise unreadable from None
+    if call and call.args:
+        raise unreadable
     if name not in NETWORKS:
         raise UsageError(f"sweep.networks: keras.applications has no {name!r}. Allowed: {', '.join(sorted(NETWORKS))}.")
     return Network(name, arguments)
+
+
+def input_channels(channels: int) -> int:
+    """Channels that a network is built with: its own three at least; a screen of fewer is filled up with zeros."""
+    return max(3, channels)
 
 
 def initialisation(weights: str) -> str:

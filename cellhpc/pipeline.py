@@ -15,7 +15,7 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
 from cellhpc.launch import run_here
 from cellhpc.ledger import done_digest, is_done, read_json
-from cellhpc.networks import check
+from cellhpc.networks import check, input_channels
 from cellhpc.progress import progress
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
@@ -196,7 +196,7 @@ def _keep_folds(plan: StudyPlan) -> None:
 
 
 def _check_networks(plan: StudyPlan) -> None:
-    channels = max(3, len(plan.conversion.channels))
+    channels = input_channels(len(plan.conversion.channels))
     check(sorted({(run.network, run.tile_px, channels, run.weights) for run in plan.missing}))
 
 

@@ -74,12 +74,13 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
     names = [initialisation(weights) for weights in job.sweep.weights]
     if len(set(names)) != len(names):
         raise UsageError(f"sweep.weights: two files have one name: {', '.join(names)}. Rename one.")
-    slugs = [network.slug for network in networks(job)]
+    swept = networks(job)
+    slugs = [network.slug for network in swept]
     if len(set(slugs)) != len(slugs):
         raise UsageError(f"sweep.networks names a network twice: {', '.join(slugs)}.")
     starts = [(weights, initialisation(weights), weights_digest(weights)) for weights in job.sweep.weights]
     runs = []
-    for network in networks(job):
+    for network in swept:
         side_px = job.sweep.tile_px or network.side_px
         for weights, start, identity in starts:
             for seed in job.sweep.seeds:

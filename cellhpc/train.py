@@ -21,7 +21,7 @@ import pandas as pd
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
 from cellhpc.ledger import DONE, is_done, mark_done, provenance, write_json, write_table
-from cellhpc.networks import Network, build, parse_network, scale_input
+from cellhpc.networks import Network, build, input_channels, parse_network, scale_input
 from cellhpc.ranks import Ranks
 from cellhpc.scores import levels
 from cellhpc.settings import TrainSettings
@@ -110,7 +110,7 @@ class Trainer:
         self._step, self._predict = self._graphs()
 
     def _build(self, weights: str) -> Any:
-        return build(self.network, self._side_px, max(3, self._channels), len(self.data.classes), weights)
+        return build(self.network, self._side_px, input_channels(self._channels), len(self.data.classes), weights)
 
     def _graphs(self) -> tuple[Any, Any]:
         """Trace the training step and the prediction step."""
@@ -119,7 +119,7 @@ class Trainer:
         from cellhpc.augment import augment, orient
 
         settings, model, ranks = self.settings, self.model, self.ranks
-        missing = max(0, 3 - self._channels)
+        missing = input_channels(self._channels) - self._channels
         side, channels = self._side_px, self._channels
 
         def prepare(tiles: Any) -> Any:
@@ -199,9 +199,8 @@ class Trainer:
         for epoch in range(1, settings.epochs + 1):
             began, waited, losses = time.perf_counter(), 0.0, []
             order = np.random.default_rng([run.seed, epoch]).permutation(training)
-            order = np.resize(
-                order, steps * settings.batch_size
-            )  # repeats tiles only where there are fewer than one batch
+            # Repeats tiles only where there are fewer than one batch.
+            order = np.resize(order, steps * settings.batch_size)
             for number in range(steps):
                 fetching = time.perf_counter()
                 batch = order[number * settings.batch_size :][: settings.batch_size][mine]
@@ -303,12 +302,8 @@ def train_run(trainer: Trainer, run: Run, folds: Folds, folder: Path) -> None:
     if done_on_ranks[0, 0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
         return
     if trainer.ranks.rank == 0:
-        for name in (
-            DONE,
-            "run.json",
-            "predictions.parquet",
-            "history.json",
-        ):  # first the marker, which speaks for all
+        # First the marker, which speaks for all.
+        for name in (DONE, "run.json", "predictions.parquet", "history.json"):
             (unit / name).unlink(missing_ok=True)
     began = time.time()
     _, predictions = trainer.fit(run, folds, unit / "history.json")

@@ -47,12 +47,14 @@ def _train(study: StudyFolder, training_job: TrainingJob, ranks: Ranks) -> None:
         for network, runs in groupby(runs_of_size, key=lambda run: run.network):
             trainer = Trainer(network, data, job.train, ranks)
             for run in runs:
+                said = f"{run.id}: done"
                 try:
                     train_run(trainer, run, folds, study.runs)
                 except RunFailed as fault:
-                    failed.append(f"{run.id}: {fault}")
+                    said = f"{run.id}: {fault}"
+                    failed.append(said)
                 if ranks.rank == 0:
-                    print(failed[-1] if failed and failed[-1].startswith(run.id) else f"{run.id}: done", flush=True)
+                    print(said, flush=True)
     if failed:
         raise UserError(f"{len(failed)} run(s) failed: " + " ".join(failed))
 
