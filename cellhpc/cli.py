@@ -12,7 +12,8 @@ import click
 from rich.console import Console
 
 from cellhpc.errors import UserError
-from cellhpc.settings import Job, load_job, parse_override
+from cellhpc.sections import parse_override
+from cellhpc.settings import Job, load_job
 
 if TYPE_CHECKING:
     from cellhpc.pipeline import StudyPlan

@@ -7,43 +7,22 @@ hold `~` and `${VARIABLES}` of the environment; relative ones start where the co
 
 from __future__ import annotations
 
-import os
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from cellhpc.errors import UsageError, listing
-
-
-def _expand_variables(text: str) -> str:
-    unset = [name for name in re.findall(r"\$\{(\w+)\}", text) if name not in os.environ]
-    if unset:
-        raise ValueError(f"the environment variable {unset[0]} is not set; type: export {unset[0]}=...")
-    return os.path.expandvars(text)
-
-
-def _expand_path(value: object) -> object:
-    return Path(_expand_variables(value)).expanduser().absolute() if isinstance(value, str) else value
+from cellhpc.errors import listing
+from cellhpc.sections import Settings, UserPath, expand_path, load, parse
 
 
 def _expand_weights(value: object) -> object:
-    if not isinstance(value, str) or value in ("imagenet", "xavier"):
-        return value
-    return str(Path(_expand_variables(value)).expanduser().absolute())
+    return value if not isinstance(value, str) or value in ("imagenet", "xavier") else str(expand_path(value))
 
 
-UserPath = Annotated[Path, BeforeValidator(_expand_path)]
 Weights = Annotated[str, BeforeValidator(_expand_weights)]
-
-
-class Settings(BaseModel):
-    """Base of every section: frozen, documented by its fields' docstrings, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class StudySettings(Settings):
@@ -291,94 +270,9 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     UsageError
         The file is missing or not TOML, a key is unknown (the valid ones are listed), or a value is not allowed.
     """
-    path = Path(path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such job file. Examples lie in jobs/, for instance jobs/demo.toml.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise UsageError(f"{path}: not a TOML file: {fault}") from None
-    except OSError as fault:
-        raise UsageError(f"{path}: can't be read: {fault.strerror}") from None
-    for override in overrides:
-        _apply_override(document, override)
-    return parse_job(document, str(path))
+    return load(Job, path, "job file", "Examples lie in jobs/, for instance jobs/demo.toml.", overrides)
 
 
 def parse_job(document: dict[str, Any], source: str) -> Job:
     """Validate a job given as nested dictionaries; `source` names it in messages."""
-    try:
-        return Job.model_validate(document)
-    except ValidationError as fault:
-        raise UsageError("\n".join(_explain(error, document, source) for error in fault.errors())) from None
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value` of `--set`; the value is TOML, or a bare word for a string.
-
-    Raises
-    ------
-    UsageError
-        There is no key or no `=`.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {text}: expected KEY=VALUE, for instance --set train.epochs=5")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
-def _apply_override(document: dict[str, Any], override: str) -> None:
-    key, value = parse_override(override)
-    *sections, name = [part.strip() for part in key.split(".")]
-    if not sections or not name:
-        raise UsageError(f"--set {override}: expected section.key=value, for instance --set train.epochs=5")
-    table = document
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise UsageError(f"--set {override}: {section} is not a section")
-    table[name] = value
-
-
-def _explain(error: Any, document: dict[str, Any], source: str) -> str:
-    """One line on one pydantic error: where, what was found, what is allowed."""
-    location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] == "screen" and location[1] in ("bbbc021", "bbbc014", "manifest"):
-        del location[1]
-    where = f"{source}: {'.'.join(location)}: " if location else f"{source}: "
-    match error["type"]:
-        case "extra_forbidden":
-            valid = _valid_keys(location[:-1], document)
-            return f"{where}unknown {'key' if len(location) > 1 else 'section'}. Valid here: {', '.join(valid)}."
-        case "missing":
-            return f"{where}missing. {_documentation(location, document)}".rstrip()
-        case "union_tag_invalid" | "union_tag_not_found":
-            found = document.get("screen", {}).get("layout", "nothing")
-            return f"{where}layout is {found!r}. Allowed: 'bbbc021', 'bbbc014', 'manifest'."
-        case _:
-            found = "" if isinstance(error["input"], dict | BaseModel) else f"found {error['input']!r}. "
-            message = error["msg"].removeprefix("Value error, ")
-            return f"{where}{found}{message}."
-
-
-def _section_class(path: Sequence[str], document: dict[str, Any]) -> type[BaseModel]:
-    model: Any = Job
-    for part in path:
-        if part == "screen":
-            layout = document.get("screen", {}).get("layout")
-            model = {"bbbc021": Bbbc021Screen, "bbbc014": Bbbc014Screen}.get(layout, ManifestScreen)
-        else:
-            model = model.model_fields[part].annotation
-    return model
-
-
-def _valid_keys(path: Sequence[str], document: dict[str, Any]) -> list[str]:
-    return list(_section_class(path, document).model_fields)
-
-
-def _documentation(location: Sequence[str], document: dict[str, Any]) -> str:
-    field = _section_class(location[:-1], document).model_fields.get(location[-1])
-    return (field.description or "").replace("\n", " ") if field else ""
+    return parse(Job, document, source)

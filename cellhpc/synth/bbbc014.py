@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from cellhpc.settings import Settings
+from cellhpc.sections import Settings
 from cellhpc.synth.camera import expose, plate_optics
 from cellhpc.synth.cells import Look, draw_cells
 from cellhpc.synth.looks import hill, stream

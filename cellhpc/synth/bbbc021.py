@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 from pydantic import Field, model_validator
 
-from cellhpc.settings import Settings
+from cellhpc.sections import Settings
 from cellhpc.synth.camera import Optics, expose, plate_optics
 from cellhpc.synth.cells import Look, draw_cells
 from cellhpc.synth.looks import MOAS, hill, stream, treated_look

@@ -26,7 +26,7 @@ import cv2
 from cellhpc.errors import UsageError, UserError
 from cellhpc.ledger import digest, read_json, write_json
 from cellhpc.progress import progress
-from cellhpc.settings import Settings
+from cellhpc.sections import Settings
 
 DRAWING = 1
 """Version of the drawing; a new one makes other pictures from the same settings."""
