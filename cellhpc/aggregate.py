@@ -45,6 +45,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellhpc import figures, ledger, scores
+from cellhpc.attempts import finished
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
 from cellhpc.report import render_report
@@ -95,7 +96,7 @@ def aggregate(
     job_name
         Name of the study.
     runs
-        Folders of all runs that are planned, finished or not.
+        Folders of all runs that are planned, finished or not; `cellhpc.attempts` says what is in them.
     classes
         Classes in the order of the probabilities.
     how
@@ -115,8 +116,8 @@ def aggregate(
         trained on, hold one out twice, or hold tables that are no predictions. Every problem is listed.
     """
     results = study / "results"
-    finished = [folder for folder in runs if ledger.done_digest(folder) is not None]
-    if not finished:
+    outputs = {unit: folder for unit in runs if (folder := finished(unit)) is not None}
+    if not outputs:
         raise DataError(
             f"{study}: none of the {len(runs)} runs is finished, there is nothing to aggregate.",
             remedy="Train them first, with: cellhpc train JOB.toml",
@@ -128,8 +129,8 @@ def aggregate(
             "schema": SCHEMA,
             "version": metadata.version("cellhpc"),
             "study": job_name,
-            "runs": {folder.name: _identity(folder) for folder in finished},
-            "expected": sorted(folder.name for folder in runs),
+            "runs": {unit.name: _identity(unit, folder) for unit, folder in outputs.items()},
+            "expected": sorted(unit.name for unit in runs),
             "classes": list(classes),
             "how": how,
             "folds": folds.sha256,
@@ -142,13 +143,13 @@ def aggregate(
         return document
 
     models: dict[tuple[str, str], list[FinishedRun]] = defaultdict(list)
-    for run in _read_runs(finished, classes, folds):
+    for run in _read_runs(outputs, classes, folds):
         models[run.model].append(run)
     scored = [_score_model(model_runs, classes, how, folds) for model_runs in models.values()]
     wells = pd.concat([tables["well"] for _, tables in scored]).drop_duplicates(["fold", "plate", "well"])
     whole = set(wells["fold"]) == {fold.name for fold in folds.folds}  # else the training treatments are not all known
-    missing = [folder.name for folder in runs if folder not in set(finished)]
-    headline = _headline([model for model, _ in scored], len(finished), len(runs), missing)
+    missing = [unit.name for unit in runs if unit not in outputs]
+    headline = _headline([model for model, _ in scored], len(outputs), len(runs), missing)
     cautions = _cautions(wells, folds, conversion or {})
     document = {
         "schema": SCHEMA,
@@ -160,7 +161,7 @@ def aggregate(
         "classes": list(classes),
         "abbreviations": figures.abbreviate(classes),
         "folds": {"by": folds.by, "sha256": folds.sha256, "total": len(folds.folds)},
-        "runs": {"done": len(finished), "expected": len(runs), "missing": missing},
+        "runs": {"done": len(outputs), "expected": len(runs), "missing": missing},
         "models": [model for model, _ in scored],
         "baselines": scores.baselines(wells if whole else wells.iloc[:0], classes),
         "conversion": dict(conversion or {}),
@@ -174,25 +175,25 @@ def aggregate(
     return document
 
 
-def _identity(folder: Path) -> list[Any]:
-    """Tell a run from a later one in the same folder: its digest, and the sizes and times of its files."""
+def _identity(unit: Path, folder: Path) -> list[Any]:
+    """Tell a run from a later one: its digest, its attempt, and the sizes and times of its files."""
     files = [folder / name for name in ("run.json", "history.json", "predictions.parquet")]
     found = [file.stat() for file in files if file.exists()]
-    return [ledger.done_digest(folder), *((facts.st_size, facts.st_mtime_ns) for facts in found)]
+    return [ledger.done_digest(unit), folder.name, *((facts.st_size, facts.st_mtime_ns) for facts in found)]
 
 
-def _read_runs(folders: Iterable[Path], classes: Sequence[str], folds: Folds) -> list[FinishedRun]:
-    """Read finished runs and refuse those that can't be scored together."""
+def _read_runs(outputs: Mapping[Path, Path], classes: Sequence[str], folds: Folds) -> list[FinishedRun]:
+    """Read finished runs, each from the folder of its outputs, and refuse those that can't be scored together."""
     runs, problems = [], []
-    for folder in folders:
+    for unit, folder in outputs.items():
         try:
             facts = ledger.read_json(folder / "run.json")
             epochs = ledger.read_json(folder / "history.json")["epochs"]
             predictions = pq.ParquetFile(folder / "predictions.parquet").read().to_pandas()
         except (OSError, ValueError, KeyError, pa.ArrowException) as fault:
-            problems.append(f"{folder.name}: can't be read: {fault!s}".splitlines()[0])
+            problems.append(f"{unit.name}: can't be read: {fault!s}".splitlines()[0])
             continue
-        run = FinishedRun(folder.name, facts, epochs, predictions.assign(fold=str(facts["fold"]["name"])))
+        run = FinishedRun(unit.name, facts, epochs, predictions.assign(fold=str(facts["fold"]["name"])))
         problems += _problems_of(run, classes, folds)
         runs.append(run)
     problems += _problems_between(runs)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,12 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 
-from cellhpc.errors import UserError
+from cellhpc.errors import UsageError, UserError
+from cellhpc.ledger import read_json
 from cellhpc.sections import parse_override
-from cellhpc.settings import Job, load_job
+from cellhpc.settings import load_job
 
 if TYPE_CHECKING:
+    from cellhpc.drive import SubmissionPlan
     from cellhpc.pipeline import StudyPlan
+    from cellhpc.submission import Submission
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -31,6 +37,9 @@ def cli() -> None:
     cellhpc inspect JOB.toml                  what its tables say, and what is wrong with them
     cellhpc run JOB.toml --dry-run            what would be done
     cellhpc run JOB.toml                      convert, train every fold, aggregate; again: do what is missing
+    cellhpc run JOB.toml --site SITE.toml     the same as jobs of Slurm; returns at once
+    cellhpc status STUDY                      what it is doing; logs, resume and cancel take a study too
+    cellhpc doctor --site SITE.toml           is this cluster ready?
     """
 
 
@@ -44,6 +53,11 @@ def _takes_job(command: Command) -> Command:
         help="Replace a setting of the job file; repeatable.",
     )(command)
     return click.argument("job_file", metavar="JOB.toml", type=click.Path(path_type=Path))(command)
+
+
+def _takes_study(command: Command) -> Command:
+    """Add the folder of a study that was begun."""
+    return click.argument("study", metavar="STUDY", type=click.Path(path_type=Path))(command)
 
 
 @cli.command()
@@ -80,49 +94,163 @@ def inspect(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         sys.exit(1)
 
 
+def _takes_site(command: Command) -> Command:
+    """Add the options of a stage that can run here or on Slurm."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option("--test-only", is_flag=True, help="Ask Slurm whether it would take the jobs; submit nothing."),
+        click.option("--dry-run", is_flag=True, help="Print the plan; write nothing."),
+        click.option(
+            "--site",
+            "site_file",
+            metavar="SITE.toml",
+            type=click.Path(path_type=Path),
+            help="Submit to Slurm, as this site file says.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @_takes_job
-@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def run(job_file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+@_takes_site
+def run(**options: Any) -> None:
     """Convert, train every fold and aggregate: whatever of it is missing."""
-    _stages(load_job(job_file, overrides), ("convert", "train", "aggregate"), dry_run, as_json)
+    _stages(("convert", "train", "aggregate"), **options)
 
 
 @cli.command()
 @_takes_job
-@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def convert(job_file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+@_takes_site
+def convert(**options: Any) -> None:
     """Convert raw fields to tiles."""
-    _stages(load_job(job_file, overrides), ("convert",), dry_run, as_json)
+    _stages(("convert",), **options)
 
 
 @cli.command()
 @_takes_job
-@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def train(job_file: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+@_takes_site
+def train(**options: Any) -> None:
     """Train every fold on the converted store."""
-    _stages(load_job(job_file, overrides), ("train",), dry_run, as_json)
+    _stages(("train",), **options)
 
 
 @cli.command()
 @_takes_job
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def aggregate(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+@_takes_site
+def aggregate(**options: Any) -> None:
     """Score the finished runs, draw the figures, write the report."""
-    _stages(load_job(job_file, overrides), ("aggregate",), dry_run=False, as_json=as_json)
+    _stages(("aggregate",), **options)
 
 
-def _stages(job: Job, stages: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    from cellhpc.pipeline import plan_study, run_study
+@cli.command()
+@_takes_study
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--watch", is_flag=True, help="Look again every few seconds, until nothing of it waits or runs.")
+@click.option("--every", "every_s", default=5.0, show_default=True, metavar="SECONDS", help="How often to look.")
+def status(study: Path, as_json: bool, watch: bool, every_s: float) -> None:
+    """Show what a study is doing: every stage and run. Exit code 0 only if all is done."""
+    from cellhpc.board import render_status
+    from cellhpc.status import look, open_study
 
-    if dry_run:
-        plan = plan_study(job)
-        _answer(plan.facts(), as_json, lambda: click.echo(plan.render(stages)))
+    folder, job = open_study(study)
+    console = _console()
+    while True:
+        seen = look(folder, job)
+        if watch and console.is_terminal:
+            console.clear()
+        _answer(seen.to_json(), as_json, lambda seen=seen: console.print(render_status(seen)))  # type: ignore[misc]
+        if not watch or not seen.at_work:
+            break
+        time.sleep(every_s)
+    sys.exit(0 if seen.complete else UserError.exit_code)
+
+
+@cli.command()
+@_takes_study
+@click.argument("name", metavar="RUN|TASK|STAGE")
+@click.option("-n", "--lines", default=40, show_default=True, help="Last lines of each rank's log.")
+@click.option("--rank", type=click.IntRange(0), help="Only this rank's.")
+def logs(study: Path, name: str, lines: int, rank: int | None) -> None:
+    """Show what a run, a task (train-0003) or a stage (convert, aggregate) said."""
+    from cellhpc.status import find_logs, open_study, tail
+
+    folder, _ = open_study(study)
+    for number, path in enumerate(find_logs(folder, name)):
+        if rank in (None, number):
+            click.echo(f"==> {path} <==")
+            click.echo("\n".join(tail(path)[-lines:]))
+
+
+@cli.command()
+@_takes_study
+@click.option(
+    "--site", "site_file", metavar="SITE.toml", type=click.Path(path_type=Path), help="Go on with another site file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def resume(study: Path, site_file: Path | None, as_json: bool) -> None:
+    """Do what is missing of a study: on Slurm if it was submitted there, else here."""
+    from cellhpc import drive
+    from cellhpc.site import load_site, parse_site
+    from cellhpc.status import open_study
+
+    folder, job = open_study(study)
+    if site_file is not None:
+        site = load_site(site_file)
+    elif folder.site.exists():
+        site = parse_site(read_json(folder.site), str(folder.site))
+    else:
+        _done_here(*drive.run_study(job), ("convert", "train", "aggregate"), as_json)
         return
-    plan, scores = run_study(job, stages)
+    _submitted(*drive.submit_study(job, site), as_json)
+
+
+@cli.command()
+@_takes_study
+def cancel(study: Path) -> None:
+    """End everything of a study that waits or runs; what is done stays, and resume goes on."""
+    from cellhpc.drive import cancel_study
+
+    ended = cancel_study(study)
+    click.echo("\n".join(f"ended: {what}" for what in ended) or "Nothing of it waits or runs.")
+
+
+def _stages(
+    stages: tuple[str, ...],
+    job_file: Path,
+    overrides: tuple[str, ...],
+    site_file: Path | None,
+    dry_run: bool,
+    test_only: bool,
+    as_json: bool,
+) -> None:
+    from cellhpc import drive
+    from cellhpc.pipeline import plan_study
+    from cellhpc.site import load_site
+
+    job = load_job(job_file, overrides)
+    if site_file is None:
+        if test_only:
+            raise UsageError("--test-only asks Slurm: give --site SITE.toml too")
+        if dry_run:
+            plan = plan_study(job)
+            _answer(plan.facts(), as_json, lambda: click.echo(plan.render(stages)))
+            return
+        _done_here(*drive.run_study(job, stages), stages, as_json)
+        return
+    site = load_site(site_file)
+    if dry_run or test_only:
+        planned = drive.plan_submission(job, site, stages)
+        if test_only:
+            click.echo("\n".join(planned.test()) or "Nothing is to be submitted.")
+        else:
+            _answer(planned.facts(), as_json, lambda: click.echo(f"{planned.study.render(stages)}\n{planned.render()}"))
+        return
+    _submitted(*drive.submit_study(job, site, stages), as_json)
+
+
+def _done_here(plan: StudyPlan, scores: dict[str, Any] | None, stages: tuple[str, ...], as_json: bool) -> None:
     if not as_json:
         click.echo(_what_was_done(plan, stages))
     if scores is None:
@@ -130,6 +258,20 @@ def _stages(job: Job, stages: tuple[str, ...], dry_run: bool, as_json: bool) -> 
             _answer(plan.facts(), as_json, lambda: None)
     else:
         _answer(scores, as_json, lambda: _closing(plan.folder.results, scores))
+
+
+def _submitted(plan: SubmissionPlan, submission: Submission | None, as_json: bool) -> None:
+    folder = plan.study.folder.path
+    if submission is None:
+        done = {"submitted": [], "status": f"cellhpc status {folder}"}
+        _answer(done, as_json, lambda: click.echo(f"Nothing is to be submitted. See: cellhpc status {folder}"))
+        return
+    jobs = [{"stage": job.stage, "job": job.id, "tasks": job.count} for job in submission.jobs]
+    lines = [f"{job.stage}: job {job.id}, {job.count:,} task(s)" for job in submission.jobs]
+    lines += [f"See: cellhpc status {folder}"]
+    _answer(
+        {"submitted": jobs, "status": lines[-1].removeprefix("See: ")}, as_json, lambda: click.echo("\n".join(lines))
+    )
 
 
 def _what_was_done(plan: StudyPlan, stages: tuple[str, ...]) -> str:
@@ -151,11 +293,15 @@ def _what_was_done(plan: StudyPlan, stages: tuple[str, ...]) -> str:
 def _closing(results: Path, scores: dict[str, Any]) -> None:
     from cellhpc.report import render_scores
 
-    console = Console()
-    # A log has no width of its own; the table needs about 120 letters.
-    console.width = console.width if console.is_terminal else max(console.width, 120)
-    console.print(render_scores(scores))
+    _console().print(render_scores(scores))
     click.echo(f"Report: {results / 'report.html'}")
+
+
+def _console() -> Console:
+    """Make a console; a log has no width of its own, and tables need about 120 letters."""
+    console = Console()
+    console.width = console.width if console.is_terminal else max(console.width, 120)
+    return console
 
 
 def _answer(facts: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -165,8 +311,15 @@ def _answer(facts: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
         show()
 
 
+def _stop(number: int, _: object) -> None:
+    """End as Ctrl-C does: ranks leave checkpoints."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: a user's mistake is one message and an exit code, never a traceback."""
+    os.umask(0o077)  # what a study writes is its owner's
+    signal.signal(signal.SIGTERM, _stop)
     try:
         cli.main(prog_name="cellhpc", standalone_mode=False)
     except click.exceptions.Exit as leaving:

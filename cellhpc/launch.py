@@ -1,4 +1,4 @@
-"""Executors: how planned jobs are carried out. Here: local processes, one for each rank, each started by itself."""
+"""The executor of this machine: local processes, one for each rank of a task, each started by itself."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellhpc.attempts import FAILED
 from cellhpc.errors import DataError
-from cellhpc.ledger import write_json
-from cellhpc.ranks import MEETING, RANK, RANKS
+from cellhpc.hosts import MEETING, RANK, RANKS
+from cellhpc.ledger import read_json
 from cellhpc.study import StudyFolder
-from cellhpc.sweep import TrainingJob
+from cellhpc.submission import CHECKPOINTED, DONE, ENDS, LOGS, Submission, Task
 
-JOB = "job.json"
-"""What a job's processes are told to do, in the folder of the attempt."""
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
+"""How long ranks may take to leave a checkpoint when they are told to stop."""
+DEATH_SECONDS = 10.0
 """How long the other ranks may take to notice that one has died, before they are ended."""
 POLL_SECONDS = 0.5
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -31,10 +32,10 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass
 class _Started:
-    """A job whose ranks run."""
+    """A task whose ranks run."""
 
-    job: TrainingJob
-    folder: Path
+    task: Task
+    attempt: Path
     ranks: list[subprocess.Popen[bytes]]
     failed_at: float | None = None
     first_failed: int | None = None
@@ -50,58 +51,70 @@ class _Started:
         return any(process.poll() is None for process in self.ranks)
 
     def end(self) -> None:
+        """Tell the ranks to stop, which leaves a checkpoint; end those that don't."""
         for process in self.ranks:
             if process.poll() is None:
                 process.terminate()
+        deadline = time.monotonic() + (GRACE_SECONDS if self.first_failed is None else 0)
         for process in self.ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
+                process.wait(max(0.0, deadline - time.monotonic()))
             if process.poll() is None:
                 process.kill()
                 process.wait()
 
+    def record_end(self) -> None:
+        """Write down how the attempt ended, as a batch script does on Slurm."""
+        how = "done" if (self.attempt / DONE).exists() else "crashed"
+        if (self.attempt / CHECKPOINTED).exists():
+            how = "checkpointed"
+        code = max((abs(process.returncode) for process in self.ranks), default=0)
+        with (self.attempt.parent / ENDS).open("a") as file:
+            file.write(f"{time.time():.0f} {platform.node()} {self.attempt.name} {code} {how}\n")
 
-def run_here(study: StudyFolder, jobs: Sequence[TrainingJob], parallel: int, watch: Callable[[], None]) -> None:
-    """Run jobs as local processes, `parallel` at a time.
+
+def run_here(study: StudyFolder, submission: Submission, parallel: int, watch: Callable[[], None]) -> None:
+    """Carry out a submission's tasks as local processes, `parallel` at a time.
 
     Parameters
     ----------
-    study
-        The study's folder; each attempt of a job gets a folder with its logs below `jobs`.
-    jobs
-        The jobs, each with its runs and its number of ranks.
+    study, submission
+        The study, and what is to be done of it.
     parallel
-        Jobs that run at the same time.
+        Tasks that run at the same time.
     watch
         Called about twice a second.
 
     Raises
     ------
     DataError
-        Some jobs failed: names each with the last line of its error and its log. The others were finished first.
+        Tasks or runs failed: names each with its reason and its log. The others were finished first.
     """
-    waiting, failures = list(jobs), []
+    tasks = list(submission.tasks.values())
+    waiting, crashed = list(tasks), []
     running: list[_Started] = []
+    (submission.folder / LOGS).mkdir(mode=0o700)
     with _ended_on_exit() as started:
         while waiting or running:
             while waiting and len(running) < parallel:
-                running.append(_start(study, waiting.pop(0)))
+                running.append(_start(study, submission, waiting.pop(0)))
                 started.append(running[-1])
             time.sleep(POLL_SECONDS)
             watch()
-            for job in list(running):
-                job.look()
-                if job.failed_at and job.running() and time.monotonic() - job.failed_at > GRACE_SECONDS:
-                    job.end()
-                if not job.running():
-                    job.look()
-                    running.remove(job)
-                    if job.first_failed is not None:
-                        failures.append(f"{job.job.id}: {_reason(job, job.first_failed)}")
-    if failures:
+            for one in list(running):
+                one.look()
+                if one.failed_at and one.running() and time.monotonic() - one.failed_at > DEATH_SECONDS:
+                    one.end()
+                if not one.running():
+                    one.look()
+                    running.remove(one)
+                    if not (one.attempt / DONE).exists():
+                        crashed.append(f"{one.task.name}: {_reason(submission, one)}")
+    failed = _failures(study, tasks, submission)
+    if crashed or failed:
         raise DataError(
-            f"{len(failures)} of {len(jobs)} training job(s) failed; finished runs are kept.",
-            failures,
+            f"{len(crashed)} of {len(tasks)} training task(s) and {len(failed)} run(s) failed; finished runs are kept.",
+            crashed + failed,
             "Run the same command again to do what is missing.",
         )
 
@@ -113,25 +126,23 @@ def _ended_on_exit() -> Iterator[list[_Started]]:
     try:
         yield started
     finally:
-        for job in started:
-            job.end()
+        for one in started:
+            one.end()
+            one.record_end()
 
 
-def _start(study: StudyFolder, job: TrainingJob) -> _Started:
-    """Start the ranks of a job in a fresh attempt's folder."""
-    unit = study.jobs / job.id
-    unit.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.name.removeprefix("attempt-")) for path in unit.glob("attempt-*")), default=0)
-    folder = unit / f"attempt-{number}"
-    folder.mkdir(mode=0o700)
-    write_json(folder / JOB, job.to_json())
+def _start(study: StudyFolder, submission: Submission, task: Task) -> _Started:
+    """Start the ranks of a task."""
+    attempt = submission.task_folder(task.name) / "here-0"
+    attempt.mkdir(parents=True, mode=0o700)
+    words = [sys.executable, "-m", "cellhpc.work", str(study.path), str(submission.folder), task.name, str(attempt)]
     processes = []
-    for rank in range(job.ranks):
-        environment = {**os.environ, RANK: str(rank), RANKS: str(job.ranks), MEETING: str(folder)}
-        with (folder / f"rank-{rank}.log").open("wb") as log:
+    for rank in range(task.ranks):
+        environment = {**os.environ, RANK: str(rank), RANKS: str(task.ranks), MEETING: str(attempt)}
+        with _log(submission, task, rank).open("wb") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "cellhpc.work", str(study.path), str(folder / JOB)],
+                    words,
                     env=environment,
                     preexec_fn=functools.partial(_end_with, os.getpid()),
                     stdin=subprocess.DEVNULL,
@@ -139,10 +150,11 @@ def _start(study: StudyFolder, job: TrainingJob) -> _Started:
                     stderr=subprocess.STDOUT,
                 )
             )
-    write_json(
-        folder / "processes.json", {"host": socket.gethostname(), "pids": [process.pid for process in processes]}
-    )
-    return _Started(job, folder, processes)
+    return _Started(task, attempt, processes)
+
+
+def _log(submission: Submission, task: Task, rank: int) -> Path:
+    return submission.folder / LOGS / f"{task.name}_{rank}_log.out"
 
 
 def _end_with(parent: int) -> None:
@@ -153,9 +165,18 @@ def _end_with(parent: int) -> None:
             os._exit(1)
 
 
-def _reason(started: _Started, rank: int) -> str:
+def _failures(study: StudyFolder, tasks: list[Task], submission: Submission) -> list[str]:
+    """Say why tasks and runs failed that ended in good order."""
+    units = [(task.name, submission.task_folder(task.name)) for task in tasks]
+    units += [(run, study.runs / run) for task in tasks for run in task.runs]
+    told = [(name, read_json(unit / FAILED)) for name, unit in units if (unit / FAILED).exists()]
+    return [f"{name}: {why['reason']}" for name, why in told if why["submission"] == submission.number]
+
+
+def _reason(submission: Submission, started: _Started) -> str:
     """Say how the rank that failed first ended: the signal that ended it, or its own last words."""
-    log = started.folder / f"rank-{rank}.log"
+    rank = started.first_failed or 0
+    log = _log(submission, started.task, rank)
     code = started.ranks[rank].returncode
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""

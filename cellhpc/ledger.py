@@ -36,9 +36,10 @@ def digest(document: Any) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, make_folder: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes the name `path` at once, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -51,15 +52,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, make_folder: bool = True) -> None:
     """Write a text file atomically."""
-    with replacing(path) as temporary:
+    with replacing(path, make_folder) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: Any, make_folder: bool = True) -> None:
     """Write a JSON document atomically, indented."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n", make_folder)
 
 
 def read_json(path: Path) -> Any:
@@ -78,9 +79,9 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: pd.DataFrame, make_folder: bool = True) -> None:
     """Write a table atomically, as Parquet or CSV by the ending of its name."""
-    with replacing(path) as temporary:
+    with replacing(path, make_folder) as temporary:
         if path.suffix == ".csv":
             table.to_csv(temporary, index=False)
         else:

@@ -1,31 +1,26 @@
-"""The road from raw plates to a result: plan a study, carry out what is missing, record it."""
+"""The stages of a study: what each has to do, as data, and conversion and scores carried out."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cellhpc.aggregate import aggregate
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
-from cellhpc.launch import run_here
-from cellhpc.ledger import done_digest, is_done, read_json
+from cellhpc.ledger import done_digest, is_done
 from cellhpc.networks import check, input_channels
-from cellhpc.progress import progress
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
 from cellhpc.study import StudyFolder
-from cellhpc.sweep import Run, TrainingJob, pack, plan_runs, tile_sizes_px
+from cellhpc.sweep import Run, plan_runs, tile_sizes_px
 from cellhpc.tiles import Store, is_store
 
 STAGES = ("convert", "train", "aggregate")
-FILES_OF_A_RUN = 4
-"""History, predictions, record and marker."""
+FILES_OF_A_RUN = 5
+"""Who does it, history, predictions, record and marker."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,6 @@ class StudyPlan:
     runs: tuple[Run, ...]
     converted: bool
     missing: tuple[Run, ...]
-
-    @property
-    def training_jobs(self) -> list[TrainingJob]:
-        """The missing runs, packed into jobs."""
-        return pack(self.missing, self.job, len(os.sched_getaffinity(0)))
 
     @property
     def steps(self) -> int:
@@ -91,7 +81,6 @@ class StudyPlan:
                 "tiles_in_memory_bytes": totals["tiles"]
                 * len(self.conversion.channels)
                 * max(tile_sizes_px(self.job)) ** 2,
-                "jobs": len(self.training_jobs),
                 "ranks": sweep.ranks,
                 "files": len(self.runs) * FILES_OF_A_RUN,
             },
@@ -113,7 +102,7 @@ class StudyPlan:
                 f"Train {' and '.join(training['networks'])} from {' and '.join(training['weights'])}",
                 f"  runs    {training['runs']:,}, of which {training['runs_missing']:,} are missing",
                 f"  steps   {training['steps_missing']:,} of {self.job.train.batch_size} tiles at most",
-                f"  jobs    {training['jobs']:,}, each run on {training['ranks']} rank(s); "
+                f"  memory  {training['ranks']} rank(s) for each run; "
                 f"tiles in memory of a rank: {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most",
                 f"  write   about {training['files']:,} files",
             ]
@@ -141,50 +130,15 @@ def plan_study(job: Job) -> StudyPlan:
     return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
 
 
-def run_study(job: Job, stages: Sequence[str] = STAGES) -> tuple[StudyPlan, dict[str, Any] | None]:
-    """Do what is missing of a study's stages.
-
-    Parameters
-    ----------
-    job
-        The settings.
-    stages
-        Which of `convert`, `train` and `aggregate`; a stage needs the ones before it to be done.
-
-    Returns
-    -------
-    plan
-        What was missing when the call began.
-    scores
-        The document of `results/scores.json`; None unless `aggregate` is among the stages.
+def claim_study(plan: StudyPlan) -> None:
+    """Bind the study's folder to its job file and its split, or check that it is bound to them.
 
     Raises
     ------
-    UserError
-        Something is wrong or failed; what was finished before is kept.
+    UsageError
+        The folder belongs to another job file or split.
     """
-    folder = StudyFolder(job.study.folder)
-    with folder.locked():
-        plan = plan_study(job)
-        if "convert" not in stages and not plan.converted:
-            raise UsageError(f"{plan.conversion.store} is not converted yet. Type: cellhpc convert JOB.toml")
-        folder.claim(job)
-        _keep_folds(plan)
-        if "train" in stages and plan.missing:
-            _check_networks(plan)
-        if "convert" in stages and not plan.converted:
-            convert(plan.conversion)
-            # The runs depend on the fields that conversion had to set aside.
-            plan = replace(plan_study(job), converted=False)
-        if "train" in stages and plan.missing:
-            check_folds(plan.folds, Store.open(plan.conversion.store).tiles)
-            _train(plan)
-        scores = _aggregate(plan) if "aggregate" in stages else None
-    return plan, scores
-
-
-def _keep_folds(plan: StudyPlan) -> None:
-    """Write the split, or check that the study still has the one it began with."""
+    plan.folder.claim(plan.job)
     path = plan.folder.folds
     if not path.exists():
         write_folds(path, plan.folds)
@@ -195,51 +149,55 @@ def _keep_folds(plan: StudyPlan) -> None:
         )
 
 
-def _check_networks(plan: StudyPlan) -> None:
+def check_networks(plan: StudyPlan) -> None:
+    """Build what the missing runs will train, in a process of its own: what can't be trained is known at once.
+
+    Raises
+    ------
+    UserError
+        A network or its weights can't be had.
+    """
     channels = input_channels(len(plan.conversion.channels))
-    check(sorted({(run.network, run.tile_px, channels, run.weights) for run in plan.missing}))
+    if plan.missing:
+        check(sorted({(run.network, run.tile_px, channels, run.weights) for run in plan.missing}))
 
 
-def _train(plan: StudyPlan) -> None:
-    """Train the missing runs and show how far they are: each rank 0 leaves the history of its run after every epoch."""
-    jobs = plan.training_jobs
-    epochs = plan.job.train.epochs
-    began = time.time()
-    running = {job.id: [plan.folder.runs / run.id for run in job.runs] for job in jobs}
-    seen: dict[Path, int] = {}
-    title = f"Training {len(plan.missing)} run(s) on {plan.job.sweep.ranks} rank(s)"
-    with progress(title, len(plan.missing) * epochs, "epochs") as advance:
+def convert_study(plan: StudyPlan, stop: Callable[[], bool] = lambda: False) -> StudyPlan:
+    """Convert what is missing, and check that every fold can be learnt from the tiles that were kept.
 
-        def watch() -> None:
-            for units in running.values():
-                while units:
-                    done, note = _epochs_done(units[0], began)
-                    advance(done - seen.get(units[0], 0), note)
-                    seen[units[0]] = done
-                    if done < epochs and not (len(units) > 1 and _epochs_done(units[1], began)[0]):
-                        break
-                    units.pop(0)
+    Parameters
+    ----------
+    plan
+        The study.
+    stop
+        Asked now and then; when it answers yes, conversion ends with `ConversionStopped`.
 
-        try:
-            run_here(plan.folder, jobs, plan.job.sweep.parallel_jobs, watch)
-        finally:
-            watch()
+    Returns
+    -------
+    plan
+        The plan as it is now: the runs depend on the fields that had to be set aside.
 
-
-def _epochs_done(unit: Path, began: float) -> tuple[int, str]:
-    """Count the epochs that a run has behind it; what an earlier attempt left does not count."""
-    history = unit / "history.json"
-    try:
-        if history.stat().st_mtime < began:
-            return 0, ""
-        epochs = read_json(history)["epochs"]
-    except FileNotFoundError:
-        return 0, ""
-    return len(epochs), f"{unit.name}: loss {epochs[-1]['loss']:.3f}, {epochs[-1]['images_per_s']:.0f} images/s"
+    Raises
+    ------
+    UserError
+        Something is wrong or failed; what was done before is kept.
+    """
+    if not plan.converted:
+        check_networks(plan)
+        convert(plan.conversion, stop=stop)
+        plan = replace(plan_study(plan.job), converted=False)
+    check_folds(plan.folds, Store.open(plan.conversion.store).tiles)
+    return plan
 
 
-def _aggregate(plan: StudyPlan) -> dict[str, Any]:
-    """Score the finished runs of the plan."""
+def aggregate_study(plan: StudyPlan) -> dict[str, Any]:
+    """Score the finished runs of a study; returns the document of `results/scores.json`.
+
+    Raises
+    ------
+    DataError
+        Runs were made with other settings, or don't belong together.
+    """
     folders = [plan.folder.runs / run.id for run in plan.runs]
     stale = [
         run.id for run, unit in zip(plan.runs, folders, strict=True) if done_digest(unit) not in (None, run.digest)

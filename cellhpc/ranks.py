@@ -5,7 +5,9 @@ environment says who it is: `CELLHPC_RANK`, `CELLHPC_RANKS` and `CELLHPC_MEETING
 ranks can see. There every rank leaves its host's name; rank 0 then starts Horovod's rendezvous on the interface that
 leads to the others and leaves its address. With one rank Horovod is never imported.
 
-After an error in a collective operation the process can't use Horovod again: end it, and start all ranks anew.
+When a rank dies or can't be reached, the operations that the others wait in raise `RankLost`, at the latest after
+`SILENCE_SECONDS` and the time of the work before them. Such a process can't use Horovod again: end it (`os._exit`, as
+Horovod would wait for the lost rank), and start all ranks anew.
 """
 
 from __future__ import annotations
@@ -13,23 +15,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 
 from cellhpc.errors import UserError
-from cellhpc.ledger import read_json, write_json
-
-RANK, RANKS, MEETING = "CELLHPC_RANK", "CELLHPC_RANKS", "CELLHPC_MEETING"
-MEETING_SECONDS = 300.0
-"""How long ranks wait for each other at the start; importing TensorFlow on a busy machine can take a minute."""
+from cellhpc.hosts import MEETING, RANK, RANKS, address_towards, interface_towards, wait_for
+from cellhpc.ledger import write_json
 
 BUCKET_BYTES = 16 * 2**20
+SILENCE_SECONDS = 30
+"""How long Horovod waits for a rank that says nothing; HOROVOD_GLOO_TIMEOUT_SECONDS in the environment overrides it."""
+
+
+class RankLost(UserError):
+    """Another rank has died or can't be reached: this process must end, all ranks start anew."""
 
 
 class Ranks(Protocol):
@@ -49,6 +53,9 @@ class Ranks(Protocol):
 
     def equal(self, arrays: Sequence[np.ndarray]) -> bool:
         """Tell whether these arrays are bit for bit the same on all ranks."""
+
+    def collective(self) -> contextlib.AbstractContextManager[None]:
+        """Around a call that uses these verbs inside a tf.function: a lost rank raises `RankLost`."""
 
 
 class OneRank:
@@ -72,6 +79,10 @@ class OneRank:
         """Return True."""
         return True
 
+    def collective(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
 
 class HorovodRanks:
     """A run in several processes, joined by Horovod."""
@@ -80,10 +91,26 @@ class HorovodRanks:
         self._horovod = horovod
         self.rank: int = horovod.rank()
         self.size: int = horovod.size()
+        self.lost = False
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Raise `RankLost` for Horovod's errors within."""
+        import tensorflow as tf
+
+        try:
+            yield
+        except tf.errors.OpError as fault:
+            if "orovod" not in str(fault):
+                raise
+            self.lost = True
+            who = f"rank {self.rank} lost another of the {self.size} ranks, which died or can't be reached"
+            raise RankLost(f"{who}: {_reason(fault)}.") from None
 
     def broadcast(self, variables: Sequence[Any]) -> None:
         """Set these tf.Variables on all ranks to their values on rank 0."""
-        self._horovod.broadcast_variables(list(variables), root_rank=0)
+        with self.collective():
+            self._horovod.broadcast_variables(list(variables), root_rank=0)
 
     def mean(self, tensors: Sequence[Any]) -> list[Any]:
         """Mean over the ranks of each tensor.
@@ -96,14 +123,16 @@ class HorovodRanks:
         means: list[Any] = []
         for bucket in _buckets(tensors):
             flat = tf.concat([tf.reshape(tensor, (-1,)) for tensor in bucket], 0)
-            mean = self._horovod.allreduce(flat, op=self._horovod.Average)
+            with self.collective():
+                mean = self._horovod.allreduce(flat, op=self._horovod.Average)
             parts = tf.split(mean, [tensor.shape.num_elements() for tensor in bucket])
             means += [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
         return means
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Concatenate each rank's rows in the order of the ranks."""
-        return np.asarray(self._horovod.allgather(rows))
+        with self.collective():
+            return np.asarray(self._horovod.allgather(rows))
 
     def equal(self, arrays: Sequence[np.ndarray]) -> bool:
         """Compare SHA-256 digests of the arrays' bytes over the ranks."""
@@ -112,6 +141,14 @@ class HorovodRanks:
             checksum.update(np.ascontiguousarray(array).tobytes())
         digests = self.gather(np.frombuffer(checksum.digest(), np.uint8)[None])
         return bool((digests == digests[0]).all())
+
+
+def _reason(fault: Exception) -> str:
+    """Take what Horovod said, its first sentence, out of TensorFlow's error."""
+    said = [line.strip() for line in str(fault).splitlines()]
+    frame = ("Graph execution error", "Detected at node", "File ", "[[")
+    lines = [re.sub(r"^\{\{.*?\}\} ", "", line) for line in said if line and not line.startswith(frame)]
+    return lines[0].partition(". ")[0] if lines else type(fault).__name__
 
 
 def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
@@ -135,7 +172,7 @@ def joined() -> Iterator[Ranks]:
     Raises
     ------
     UserError
-        Horovod is not installed, or the other ranks did not come within `MEETING_SECONDS`.
+        Horovod is not installed, or the other ranks did not come within `hosts.MEETING_SECONDS`.
     """
     size = int(os.environ.get(RANKS, "1"))
     if size == 1:
@@ -155,7 +192,8 @@ def joined() -> Iterator[Ranks]:
     try:
         yield ranks
     finally:
-        horovod.shutdown()
+        if not ranks.lost:
+            horovod.shutdown()
 
 
 @contextlib.contextmanager
@@ -164,10 +202,10 @@ def _meeting(rank: int, size: int, folder: Path) -> Iterator[None]:
     write_json(folder / f"rank-{rank}.json", {"host": socket.gethostname()})
     server = None
     if rank == 0:
-        hosts = [_wait_for(folder / f"rank-{other}.json", f"rank {other}")["host"] for other in range(size)]
+        hosts = [wait_for(folder / f"rank-{other}.json", f"rank {other}")["host"] for other in range(size)]
         server, document = _serve(hosts)
         write_json(folder / "rendezvous.json", document)
-    meeting = _wait_for(folder / "rendezvous.json", "rank 0")
+    meeting = wait_for(folder / "rendezvous.json", "rank 0")
     slot = meeting["slots"][rank]
     os.environ.update(
         {f"HOROVOD_{key.upper()}": str(value) for key, value in slot.items()},
@@ -175,8 +213,10 @@ def _meeting(rank: int, size: int, folder: Path) -> Iterator[None]:
         HOROVOD_GLOO_RENDEZVOUS_PORT=str(meeting["port"]),
         HOROVOD_CONTROLLER="gloo",
         HOROVOD_CPU_OPERATIONS="gloo",
-        HOROVOD_GLOO_IFACE=_interface_towards(meeting["address"]),
+        HOROVOD_FUSION_THRESHOLD="0",  # buckets that Horovod joins as they come are summed in an order of chance
+        HOROVOD_GLOO_IFACE=interface_towards(meeting["address"]),
     )
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(SILENCE_SECONDS))
     try:
         yield
     finally:
@@ -193,7 +233,7 @@ def _serve(hosts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
 
     places = _slots(hosts)
     others = [host for host in hosts if host != hosts[0]]
-    address = _address_towards(others[0]) if others else "127.0.0.1"
+    address = address_towards(others[0]) if others else "127.0.0.1"
     # The server knows no passwords: it listens on the job's own interface only, and only until all ranks have started.
     server = RendezvousHTTPServer((address, 0), RendezvousHandler, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -226,28 +266,3 @@ def _allocation(slots: Sequence[dict[str, Any]]) -> list[Any]:
     from horovod.runner.common.util.hosts import SlotInfo
 
     return [SlotInfo(**slot) for slot in slots]
-
-
-def _address_towards(host: str) -> str:
-    """Return this host's address on the interface that leads to `host`; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((socket.gethostbyname(host), 9))
-        return str(probe.getsockname()[0])
-
-
-def _interface_towards(address: str) -> str:
-    """Name the network interface that leads to an address; Gloo would else bind to what the host's name resolves to."""
-    own = _address_towards(address)
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == own for entry in addresses):
-            return name
-    raise UserError(f"no network interface has the address {own}, which leads to rank 0 at {address}")
-
-
-def _wait_for(path: Path, who: str, now: Callable[[], float] = time.monotonic) -> Any:
-    deadline = now() + MEETING_SECONDS
-    while not path.exists():
-        if now() > deadline:
-            raise UserError(f"{who} did not come to the meeting in {path.parent} within {MEETING_SECONDS:.0f} s")
-        time.sleep(0.05)
-    return read_json(path)

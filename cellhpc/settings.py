@@ -213,7 +213,10 @@ class SweepSettings(Settings):
     parallel_jobs: int = Field(1, ge=1)
     """Jobs that run here at the same time."""
     runs_per_job: int = Field(0, ge=0)
-    """Runs that share a job's processes; 0 divides the runs evenly among `parallel_jobs`."""
+    """Runs that share a job's processes; 0 divides the runs evenly among `parallel_jobs`, on Slurm among as many jobs
+    as the site file's `train.throttle` lets run at a time."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """How often a run leaves a checkpoint, besides the one when it is told to stop: what a power cut can cost."""
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Self:

@@ -50,7 +50,7 @@ class Placement(Settings):
     """Reservation to run in."""
     exclude: str | None = None
     """Nodes to avoid."""
-    options: dict[str, str | int | bool] = {}
+    options: dict[str, str | int | bool] = Field(default={})
     """More options of sbatch, by their long names: `{ nice = 100, exclusive = true }`."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cellhpc.errors import UsageError
 from cellhpc.ledger import held, read_json, write_json
@@ -33,6 +33,11 @@ class StudyFolder:
     def folds(self) -> Path:
         """The compound splits."""
         return self.path / "folds.json"
+
+    @property
+    def site(self) -> Path:
+        """The resolved site file of the last submission."""
+        return self.path / "site.json"
 
     @property
     def runs(self) -> Path:
@@ -68,7 +73,7 @@ class StudyFolder:
                     f"study.folder {self.path} is not empty and holds no study. "
                     "Choose another with --set study.folder=..."
                 )
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.open_to("private")
             write_json(self.job, document)
             return
         known = read_json(self.job)
@@ -85,6 +90,11 @@ class StudyFolder:
         if known != document:
             write_json(self.job, document)
 
+    def open_to(self, share: Literal["private", "group"]) -> None:
+        """Let only the owner into the folder, or also the owner's group."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path.chmod(0o750 if share == "group" else 0o700)
+
     def locked(self) -> AbstractContextManager[None]:
         """Hold the study for this process: two commands at once would compute the same runs.
 
@@ -95,6 +105,16 @@ class StudyFolder:
         """
         taken = f"another cellhpc command is at work in {self.path}. Wait for it, or stop it."
         return held(self.path / LOCK, f"study.folder {self.path}", taken)
+
+    def is_held(self) -> bool:
+        """Tell whether a command holds the study now."""
+        if not (self.path / LOCK).exists():
+            return False
+        try:
+            with self.locked():
+                return False
+        except UsageError:
+            return True
 
 
 def _differences(where: str, known: Any, now: Any) -> list[str]:

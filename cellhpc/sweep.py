@@ -1,10 +1,8 @@
-"""The grid of runs (network x initialisation x seed x fold), and how it is packed into jobs."""
+"""The grid of runs: network x initialisation x seed x fold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from cellhpc.errors import UsageError
 from cellhpc.folds import Fold, Folds
@@ -30,29 +28,6 @@ class Run:
     digest: str
 
 
-@dataclass(frozen=True)
-class TrainingJob:
-    """Runs that share processes, and the number of ranks that train each of them together."""
-
-    id: str
-    ranks: int
-    threads: int
-    runs: tuple[Run, ...] = field(default=())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the job as JSON-ready data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(document: dict[str, Any]) -> TrainingJob:
-        """Rebuild a job from `to_json`'s data."""
-        runs = tuple(
-            Run(**{**run, "fold": Fold(run["fold"]["name"], tuple(run["fold"]["held_out"]))})
-            for run in document["runs"]
-        )
-        return TrainingJob(document["id"], document["ranks"], document["threads"], runs)
-
-
 def networks(job: Job) -> list[Network]:
     """List the sweep's networks, each checked against keras.applications."""
     return [parse_network(text) for text in job.sweep.networks]
@@ -63,8 +38,17 @@ def tile_sizes_px(job: Job) -> tuple[int, ...]:
     return tuple(sorted({job.sweep.tile_px or network.side_px for network in networks(job)}))
 
 
-def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
+def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = None) -> list[Run]:
     """List the runs of a study, network by network so that neighbours can share a compiled graph.
+
+    Parameters
+    ----------
+    job, folds
+        The settings and the split.
+    content_digest
+        Of what the store holds.
+    ranks
+        Processes that train a run together, when it is not `sweep.ranks`.
 
     Raises
     ------
@@ -78,6 +62,7 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
     slugs = [network.slug for network in swept]
     if len(set(slugs)) != len(slugs):
         raise UsageError(f"sweep.networks names a network twice: {', '.join(slugs)}.")
+    settings = job.train.model_dump(mode="json")
     starts = [(weights, initialisation(weights), weights_digest(weights)) for weights in job.sweep.weights]
     runs = []
     for network in swept:
@@ -87,15 +72,16 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
                 for number, fold in enumerate(folds.folds):
                     content = {
                         "format": TRAINING_FORMAT,
-                        "ranks": job.sweep.ranks,  # batch statistics and augmentation see a rank's share of a batch
+                        # Batch statistics and augmentation see a rank's share of a batch.
+                        "ranks": ranks or job.sweep.ranks,
                         "network": [network.name, network.arguments],
                         "weights": identity,
                         "seed": seed,
                         "tile_px": side_px,
                         "fold": fold.held_out,
                         "folds": folds.sha256,
-                        "store": store_digest,
-                        "train": job.train.model_dump(mode="json"),
+                        "store": content_digest,
+                        "train": settings,
                     }
                     runs.append(
                         Run(
@@ -110,14 +96,3 @@ def plan_runs(job: Job, folds: Folds, store_digest: str) -> list[Run]:
                         )
                     )
     return runs
-
-
-def pack(runs: Sequence[Run], job: Job, cores: int) -> list[TrainingJob]:
-    """Pack runs into jobs, in their order: `runs_per_job` each, or shared evenly by the jobs that run at a time."""
-    if not runs:
-        return []
-    parallel = min(job.sweep.parallel_jobs, len(runs))
-    size = job.sweep.runs_per_job or -(-len(runs) // parallel)
-    threads = max(1, cores // (parallel * job.sweep.ranks))
-    packed = [tuple(runs[start : start + size]) for start in range(0, len(runs), size)]
-    return [TrainingJob(f"train-{number:04d}", job.sweep.ranks, threads, group) for number, group in enumerate(packed)]

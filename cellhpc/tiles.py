@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from cellhpc.convert.plan import ARRAYS, STORE
+from cellhpc.convert.plan import ARRAYS, STORE, content_digest
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import read_json
 
@@ -34,12 +34,15 @@ class Store:
         Names, in the order of the last axis.
     tile_sizes_px
         Sides of the tiles that it holds.
+    content_digest
+        Of what it holds: `digest`, and the fields that were set aside.
     """
 
     folder: Path
     digest: str
     channels: tuple[str, ...]
     tile_sizes_px: tuple[int, ...]
+    content_digest: str
 
     @classmethod
     def open(cls, folder: Path | str) -> Store:
@@ -57,7 +60,8 @@ class Store:
             state = "its conversion is not finished" if (folder / ARRAYS).exists() else "no store of tiles is there"
             raise UsageError(f"{folder}: {state}. Type: cellhpc convert JOB.toml") from None
         identity = record["identity"]
-        return cls(folder, record["digest"], tuple(identity["channels"]), tuple(identity["tile_sizes_px"]))
+        channels, sizes = tuple(identity["channels"]), tuple(identity["tile_sizes_px"])
+        return cls(folder, record["digest"], channels, sizes, content_digest(record))
 
     @cached_property
     def tiles(self) -> pd.DataFrame:

@@ -4,6 +4,9 @@ The step is our own: `ranks.mean` averages the gradients (Horovod's Keras layer 
 batch is shared by the ranks, so that every rank runs the same number of steps by construction, and a network without
 batch statistics learns the same on any number of ranks. Batch normalisation and augmentation see each rank's share; the
 moving statistics are averaged after each epoch, after which the weights of all ranks are compared bit for bit.
+
+A run can be told to stop at any moment, on any rank: whether a rank was travels with the gradients of each step, so
+that all stop after the same one, with a checkpoint. The attempt that continues it is the same run, to the last digit.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cellhpc.attempts import Superseded, finished
+from cellhpc.checkpoint import Interrupted, Keeper, Progress, Variables
+from cellhpc.data import Data, load_data
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
-from cellhpc.ledger import DONE, is_done, mark_done, provenance, write_json, write_table
+from cellhpc.ledger import provenance
 from cellhpc.networks import Network, build, input_channels, parse_network, scale_input
 from cellhpc.ranks import Ranks
 from cellhpc.scores import levels
 from cellhpc.settings import TrainSettings
 from cellhpc.sweep import Run
-from cellhpc.tiles import Store
 
 KEYS = (
     "plate", "batch", "well", "field", "tile", "compound", "concentration", "unit", "treatment", "replicate", "label",
@@ -36,41 +42,30 @@ PREDICT_TILES = 64
 """Tiles in one prediction step of a rank."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run learns from and is asked: tiles in memory, and which of them are whose.
-
-    Attributes
-    ----------
-    pixels
-        uint8 (n, y, x, c), every used tile of the study; shared by all runs of the process.
-    tiles
-        Table (n rows) of the tiles.
-    classes
-        Labels in the order of the logits.
-    by
-        Column of the table that the folds hold out.
-    """
-
-    pixels: np.ndarray
-    tiles: pd.DataFrame
-    classes: tuple[str, ...]
-    by: str = "compound"
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Class number of each tile, int32 (n,)."""
-        return np.searchsorted(np.array(self.classes), self.tiles["label"].to_numpy(dtype=str)).astype(np.int32)
-
-
-def load_data(store: Store, folds: Folds, tile_px: int) -> Data:
-    """Read all used tiles of a store into memory."""
-    tiles = store.tiles[folds.used(store.tiles)].reset_index(drop=True)
-    return Data(store.read(tiles, tile_px), tiles, folds.classes, folds.by)
+__all__ = ["Data", "Interrupted", "RunFailed", "Superseded", "Trainer", "Watch", "load_data", "train_run"]
 
 
 class RunFailed(UserError):
     """A run can't go on; all ranks see it at the same step, and can train the next run."""
+
+
+@dataclass
+class Watch:
+    """What others tell a process that trains, and what it tells them; signal handlers may set and read it.
+
+    Attributes
+    ----------
+    stop_asked
+        Set it on any rank: all ranks stop after the same step, with a checkpoint.
+    checkpoint_seconds
+        A checkpoint is written when the last one is older.
+    steps_done
+        Steps that this process has done, of all its runs.
+    """
+
+    stop_asked: bool = False
+    checkpoint_seconds: float = 600.0
+    steps_done: int = 0
 
 
 class Trainer:
@@ -107,6 +102,7 @@ class Trainer:
         self._statistics = [
             variable.value for variable in self.model.non_trainable_variables if "float" in variable.dtype
         ]
+        self.variables = Variables(self.model, self.optimizer, ranks)
         self._step, self._predict = self._graphs()
 
     def _build(self, weights: str) -> Any:
@@ -132,19 +128,20 @@ class Trainer:
                 tf.TensorSpec((None,), tf.int32),
                 tf.TensorSpec((None,), tf.float32),
                 tf.TensorSpec((2,), tf.int32),
+                tf.TensorSpec((2,), tf.float32),
             ]
         )
-        def step(tiles: Any, targets: Any, weights: Any, seed: Any) -> Any:
+        def step(tiles: Any, targets: Any, weights: Any, seed: Any, asked: Any) -> Any:
             tiles = prepare(augment(tf.cast(tiles, tf.float32), settings.augment, seed))
             with tf.GradientTape() as tape:
                 logits = model(tiles, training=True)
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
                 loss = tf.reduce_mean(weights * losses)
                 total = tf.add_n([loss, *model.losses])
-            # The loss travels with the gradients: all ranks see the same one, and stop at the same step.
-            *gradients, loss = ranks.mean([*tape.gradient(total, self._variables), loss])
+            # These travel with the gradients: all ranks see the same, and stop or write at the same step.
+            *gradients, loss, asked = ranks.mean([*tape.gradient(total, self._variables), loss, asked])
             self.optimizer.apply(gradients, model.trainable_variables)
-            return loss
+            return tf.concat([[loss], asked], 0)
 
         @tf.function(input_signature=[tf.TensorSpec((None, side, side, channels), tf.uint8)])
         def predict(tiles: Any) -> Any:
@@ -159,7 +156,7 @@ class Trainer:
         return step, predict
 
     def fit(
-        self, run: Run, folds: Folds, progress_file: Path | None = None
+        self, run: Run, folds: Folds, keeper: Keeper | None = None, watch: Watch | None = None
     ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
         """Train one run and predict its held-out tiles.
 
@@ -169,14 +166,16 @@ class Trainer:
             The run.
         folds
             The study's folds.
-        progress_file
-            Where rank 0 leaves the history after each epoch.
+        keeper
+            Keeps history and checkpoints, and has those of earlier attempts; without one nothing is written.
+        watch
+            Where a stop is asked for.
 
         Returns
         -------
         history
-            One dictionary for each epoch: loss, learning rate, seconds, images/s, share of time waiting for data, and
-            the held-out accuracy.
+            One dictionary for each epoch: loss, learning rate, seconds, images/s, share of time waiting for data,
+            seconds of checkpoints (not in the former), peak memory of rank 0 so far, and the held-out accuracy.
         predictions
             One row a held-out tile: its keys and a probability for each class.
 
@@ -184,59 +183,83 @@ class Trainer:
         ------
         RunFailed
             The loss is not finite, or the weights of the ranks differ.
+        Interrupted
+            A stop was asked; a checkpoint was written if there is a keeper.
         """
         settings, tiles = self.settings, self.data.tiles
+        watch = watch or Watch()
         training = np.flatnonzero(folds.training(tiles, run.fold))
         held_out = np.flatnonzero(folds.held_out(tiles, run.fold))
-        targets = self.data.targets
-        class_weights = _class_weights(targets[training], len(folds.classes)) if settings.class_weights else None
-        self._reset(run)
         steps = max(1, len(training) // settings.batch_size)
-        share = settings.batch_size // self.ranks.size
-        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        history: list[dict[str, Any]] = []
+        self._reset(run)
+        at = keeper.restore() if keeper else Progress()
         predictions = pd.DataFrame()
-        for epoch in range(1, settings.epochs + 1):
-            began, waited, losses = time.perf_counter(), 0.0, []
-            order = np.random.default_rng([run.seed, epoch]).permutation(training)
-            # Repeats tiles only where there are fewer than one batch.
-            order = np.resize(order, steps * settings.batch_size)
-            for number in range(steps):
-                fetching = time.perf_counter()
-                batch = order[number * settings.batch_size :][: settings.batch_size][mine]
-                pixels, labels = self.data.pixels[batch], targets[batch]
-                weights = np.ones(len(batch), np.float32) if class_weights is None else class_weights[labels]
-                waited += time.perf_counter() - fetching
-                at = (epoch - 1) * steps + number
-                self.optimizer.learning_rate.assign(_learning_rate(settings, at, steps * settings.epochs))
-                loss = float(self._step(pixels, labels, weights, self._draw(run.seed, at)))
-                if not math.isfinite(loss):
-                    raise RunFailed(
-                        f"the loss is {loss} at epoch {epoch}, step {number + 1} with learning rate "
-                        f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
-                    )
-                losses.append(loss)
-            self._agree(run, epoch)
-            seconds = time.perf_counter() - began
+        while at.epoch <= settings.epochs:
+            self._train_epoch(run, training, steps, at, keeper, watch)
+            began = time.perf_counter()
+            self._agree(run, at.epoch)
+            at.seconds += time.perf_counter() - began
             predictions = self.predict(held_out)
             counts = levels(predictions, "mean")
-            history.append(
+            at.next_epoch(
                 {
-                    "epoch": epoch,
-                    "loss": float(np.mean(losses)),
+                    "epoch": at.epoch,
+                    "loss": float(np.mean(at.losses)),
                     "learning_rate": float(self.optimizer.learning_rate),
                     "steps": steps,
-                    "seconds": seconds,
-                    "images_per_s": steps * settings.batch_size / seconds,
-                    "waiting_for_data": waited / seconds,
+                    "seconds": at.seconds,
+                    "images_per_s": steps * settings.batch_size / at.seconds,
+                    "waiting_for_data": at.waiting_seconds / at.seconds,
+                    "checkpoint_seconds": at.checkpoint_seconds,
+                    "memory_mb": _peak_memory_mb(),
                     "held_out": {
                         level: {"correct": count["correct"], "total": count["total"]} for level, count in counts.items()
                     },
                 }
             )
-            if progress_file and self.ranks.rank == 0:
-                write_json(progress_file, {"epochs": history})
-        return history, predictions
+            if keeper:
+                keeper.write_history(at.history)
+        return at.history, predictions
+
+    def _train_epoch(
+        self, run: Run, training: np.ndarray, steps: int, at: Progress, keeper: Keeper | None, watch: Watch
+    ) -> None:
+        """Do the steps of an epoch that are not done yet."""
+        settings, targets = self.settings, self.data.targets
+        classes = len(self.data.classes)
+        class_weights = (
+            _class_weights(targets[training], classes) if settings.class_weights else np.ones(classes, np.float32)
+        )
+        share = settings.batch_size // self.ranks.size
+        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        order = np.random.default_rng([run.seed, at.epoch]).permutation(training)
+        # Repeats tiles only where there are fewer than one batch.
+        order = np.resize(order, steps * settings.batch_size)
+        while at.step < steps:
+            began = time.perf_counter()
+            batch = order[at.step * settings.batch_size :][: settings.batch_size][mine]
+            pixels, labels = self.data.pixels[batch], targets[batch]
+            at.waiting_seconds += time.perf_counter() - began
+            number = (at.epoch - 1) * steps + at.step
+            self.optimizer.learning_rate.assign(_learning_rate(settings, number, steps * settings.epochs))
+            due = keeper is not None and keeper.is_due(watch.checkpoint_seconds)
+            asked = np.array([watch.stop_asked, due], np.float32)
+            with self.ranks.collective():
+                seen = self._step(pixels, labels, class_weights[labels], self._draw(run.seed, number), asked)
+                loss, stop, save = map(float, seen.numpy())
+            at.step += 1
+            if not math.isfinite(loss):
+                raise RunFailed(
+                    f"the loss is {loss} at epoch {at.epoch}, step {at.step} with learning rate "
+                    f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
+                )
+            at.losses.append(loss)
+            at.seconds += time.perf_counter() - began
+            watch.steps_done += 1
+            if keeper and (stop or save):
+                keeper.write_checkpoint(at)
+            if stop:
+                raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
 
     def predict(self, rows: np.ndarray) -> pd.DataFrame:
         """Predict tiles by their row numbers (n,), shared by the ranks; every rank gets the whole table."""
@@ -292,51 +315,68 @@ class Trainer:
             raise RunFailed(f"the weights of the {self.ranks.size} ranks differ after epoch {epoch}")
 
 
-def train_run(trainer: Trainer, run: Run, folds: Folds, folder: Path) -> None:
-    """Train a run into its folder, unless it is done; rank 0 writes.
+def train_run(
+    trainer: Trainer,
+    run: Run,
+    folds: Folds,
+    folder: Path,
+    watch: Watch | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Train a run into its folder below `folder`, unless it is done; continue it from an earlier attempt's checkpoint.
 
-    The marker is written last: a run without it is done again from its start.
+    All ranks call it; rank 0 writes. `cellhpc.attempts` describes the run's folder; `about` goes into `attempt.json`.
+
+    Raises
+    ------
+    RunFailed
+        The run can't be trained; all ranks see it, and can train the next one.
+    Interrupted
+        A stop was asked; all ranks see it, and a checkpoint is on disk.
+    Superseded
+        A newer attempt has begun (on rank 0; the others see `Interrupted`).
+    RankLost
+        Another rank is gone.
+    UserError
+        A file can't be written.
     """
-    unit = folder / run.id
-    done_on_ranks = trainer.ranks.gather(np.array([[is_done(unit, run.digest)]], np.int32))
-    if done_on_ranks[0, 0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
+    unit, ranks = folder / run.id, trainer.ranks
+    done_on_ranks = ranks.gather(np.array([finished(unit, run.digest) is not None], np.int32))
+    if done_on_ranks[0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
         return
-    if trainer.ranks.rank == 0:
-        # First the marker, which speaks for all.
-        for name in (DONE, "run.json", "predictions.parquet", "history.json"):
-            (unit / name).unlink(missing_ok=True)
-    began = time.time()
-    _, predictions = trainer.fit(run, folds, unit / "history.json")
-    if trainer.ranks.rank:
-        return
+    keeper = Keeper(unit, run.digest, trainer.variables, about)
+    _, predictions = trainer.fit(run, folds, keeper, watch)
+    keeper.publish(predictions, lambda: _record(trainer, run, folds))
+
+
+def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
+    """Say what a run was, for its `run.json`."""
     training = folds.training(trainer.data.tiles, run.fold)
-    write_table(unit / "predictions.parquet", predictions)
-    write_json(
-        unit / "run.json",
-        {
-            "id": run.id,
-            "network": run.network,
-            "weights": run.weights,
-            "initialisation": run.initialisation,
-            "seed": run.seed,
-            "tile_px": run.tile_px,
-            "fold": {"name": run.fold.name, "held_out": list(run.fold.held_out)},
-            "folds_sha256": folds.sha256,
-            "digest": run.digest,
-            "classes": list(folds.classes),
-            "settings": trainer.settings.model_dump(mode="json"),
-            "ranks": trainer.ranks.size,
-            "trained_on": sorted(set(trainer.data.tiles.loc[training, folds.by].astype(str))),
-            "training_tiles": int(training.sum()),
-            "held_out_tiles": len(predictions),
-            "parameters": int(trainer.model.count_params()),
-            "began": began,
-            "seconds": time.time() - began,
-            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            **provenance(),
-        },
-    )
-    mark_done(unit, run.digest)
+    return {
+        "id": run.id,
+        "network": run.network,
+        "weights": run.weights,
+        "initialisation": run.initialisation,
+        "seed": run.seed,
+        "tile_px": run.tile_px,
+        "fold": {"name": run.fold.name, "held_out": list(run.fold.held_out)},
+        "folds_sha256": folds.sha256,
+        "digest": run.digest,
+        "classes": list(folds.classes),
+        "settings": trainer.settings.model_dump(mode="json"),
+        "ranks": trainer.ranks.size,
+        "trained_on": sorted(set(trainer.data.tiles.loc[training, folds.by].astype(str))),
+        "training_tiles": int(training.sum()),
+        "held_out_tiles": int(folds.held_out(trainer.data.tiles, run.fold).sum()),
+        "parameters": int(trainer.model.count_params()),
+        "memory_mb": _peak_memory_mb(),
+        **provenance(),
+    }
+
+
+def _peak_memory_mb() -> float:
+    """Peak memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _class_weights(targets: np.ndarray, classes: int) -> np.ndarray:

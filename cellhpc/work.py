@@ -1,62 +1,251 @@
-"""What one process of a training job does: join the other ranks, and train the job's runs one after the other.
+"""What one process of a task does: one rank of a conversion, of a training, of the scores.
 
-Started by an executor as ``python -m cellhpc.work STUDY JOB.json``, once for each rank.
+Every rank is started by itself: here as ``python -m cellhpc.work STUDY SUBMISSION TASK ATTEMPT``, by Slurm through
+submitit, which calls `carry_out`. SIGTERM and SIGUSR2 ask it to stop: it leaves what its successor needs and ends.
+
+Rank 0 leaves a marker in the attempt's folder. Without one the task has crashed, and its executor starts it anew.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import signal
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from cellhpc.attempts import FAILED
+from cellhpc.convert.execute import ConversionStopped
+from cellhpc.convert.workers import serve
 from cellhpc.errors import UserError
-from cellhpc.folds import Folds, read_folds
-from cellhpc.ledger import provenance, read_json
+from cellhpc.folds import Folds, check_folds, read_folds
+from cellhpc.hosts import MEETING, RANK, RANKS
+from cellhpc.ledger import is_done, provenance, read_json, write_json, write_text
 from cellhpc.networks import NO_TENSORFLOW
-from cellhpc.ranks import Ranks, joined
+from cellhpc.pipeline import aggregate_study, convert_study, plan_study
+from cellhpc.ranks import RankLost, Ranks, joined
 from cellhpc.settings import parse_job
 from cellhpc.study import StudyFolder
-from cellhpc.sweep import TrainingJob
+from cellhpc.submission import CHECKPOINTED, DONE, Submission, Task, read_submission
+from cellhpc.sweep import Run, plan_runs
 from cellhpc.tiles import Store
-from cellhpc.train import RunFailed, Trainer, load_data, train_run
+from cellhpc.train import Interrupted, RunFailed, Superseded, Trainer, Watch, load_data, train_run
+
+IDLE_STOPS = 3
+"""A run that was told to stop so often without a step in between will never get on: it fails."""
 
 
-def work(study: StudyFolder, job_file: Path) -> None:
-    """Train the runs of one job; every rank of the job calls it.
+def carry_out(study: str, submission: str, task: str) -> None:
+    """Be one rank of a task that Slurm started; all it needs to know is in the study's folder and the environment."""
+    job = os.environ["SLURM_JOB_ID"]
+    attempt = Path(submission) / task / f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    os.environ.update({RANK: os.environ["SLURM_PROCID"], RANKS: os.environ["SLURM_NTASKS"], MEETING: str(attempt)})
+    code = be_rank(StudyFolder(Path(study)), Path(submission), task, attempt)
+    sys.stdout.flush()
+    if code:
+        sys.exit(code)
 
-    Raises
-    ------
-    UserError
-        Runs failed; names them. The others were trained.
-    """
+
+def be_rank(study: StudyFolder, submission_folder: Path, name: str, attempt: Path) -> int:
+    """Do this rank's part of a task; returns the exit code."""
     provenance()  # before the first run: the checkout may change while this process works
-    training_job = TrainingJob.from_json(read_json(job_file))
-    _prepare_tensorflow(training_job.threads)
-    with joined() as ranks:
-        _train(study, training_job, ranks)
+    rank = int(os.environ[RANK])
+    watch = _watched()
+    submission = read_submission(submission_folder)
+    task = submission.tasks[name]
+    report = submission.task_folder(name) / FAILED
+    if rank == 0:
+        report.unlink(missing_ok=True)
+    try:
+        _check_version(submission)
+        failed = STAGES[task.stage](study, submission, task, attempt, watch)
+    except (Interrupted, Superseded) as stopped:
+        if rank == 0:
+            print(f"cellhpc: {stopped}", flush=True)
+            if isinstance(stopped, Interrupted):
+                (attempt / CHECKPOINTED).touch()
+            else:
+                _mark_done(attempt, 0)
+        return 0
+    except RankLost as fault:
+        # Horovod can't be used again, not even to leave it; the marker is missing, and all start anew.
+        print(f"cellhpc: {fault}", flush=True)
+        os._exit(1)
+    except Exception as fault:
+        said = str(fault) if isinstance(fault, UserError) else traceback.format_exc()
+        print(f"cellhpc: {said}", flush=True)
+        _record(report, fault, attempt)
+        _mark_done(attempt, 1)
+        return 1
+    if rank == 0:
+        _mark_done(attempt, int(bool(failed)))
+    return 0
 
 
-def _train(study: StudyFolder, training_job: TrainingJob, ranks: Ranks) -> None:
+def _mark_done(attempt: Path, code: int) -> None:
+    """Leave the marker of a task that did all that it could, with the exit code that it ends with."""
+    write_text(attempt / DONE, f"{code}\n")
+
+
+def _watched() -> Watch:
+    """Let signals ask for a stop; a terminal's Ctrl-C is the business of the command that started the ranks."""
+    watch = Watch()
+
+    def ask(number: int, _: Any) -> None:
+        print(f"cellhpc: {signal.Signals(number).name}: stopping at the next step", flush=True)
+        watch.stop_asked = True
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, ask)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return watch
+
+
+def _check_version(submission: Submission) -> None:
+    here, there = metadata.version("cellhpc"), submission.about["version"]
+    if here != there:
+        raise UserError(
+            f"cellhpc is {here} on {platform.node()}, but {there} submitted this. Give both the same: build the "
+            "container anew, or name the same Python in slurm.python of the site file."
+        )
+
+
+def _record(report: Path, fault: BaseException, attempt: Path) -> None:
+    """Leave the reason of a failure: one sentence, where it was, and of a bug its last lines."""
+    reason = str(fault) if isinstance(fault, UserError) else f"{type(fault).__name__}: {fault}"
+    lines = [] if isinstance(fault, UserError) else traceback.format_exc().splitlines()[-12:]
+    about = {"host": platform.node(), "rank": int(os.environ[RANK]), "when": time.time()}
+    task = attempt.parent
+    write_json(
+        report,
+        {"reason": reason, "traceback": lines, "submission": task.parent.name, "task": task.name, **about},
+    )
+
+
+def _convert(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
+    """Convert; ranks other than the first lend their cores."""
+    if int(os.environ[RANK]):
+        serve(attempt)
+        return []
+    try:
+        convert_study(plan_study(parse_job(read_json(study.job), str(study.job))), lambda: watch.stop_asked)
+    except ConversionStopped as stopped:
+        raise Interrupted(str(stopped)) from None
+    return []
+
+
+def _aggregate(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
+    plan = plan_study(parse_job(read_json(study.job), str(study.job)))
+    print("\n".join(aggregate_study(plan)["headline"]), flush=True)
+    return []
+
+
+def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
+    """Train the runs of a task, one after the other; returns the names of those that failed."""
+    _prepare_tensorflow(task.threads)
     job = parse_job(read_json(study.job), str(study.job))
-    folds: Folds = read_folds(study.folds)
+    watch.checkpoint_seconds = job.sweep.checkpoint_minutes * 60
+    folds = read_folds(study.folds)
     store = Store.open(study.store(job))
-    failed = []
-    for tile_px, runs_of_size in groupby(training_job.runs, key=lambda run: run.tile_px):
-        data = load_data(store, folds, tile_px)
-        for network, runs in groupby(runs_of_size, key=lambda run: run.network):
-            trainer = Trainer(network, data, job.train, ranks)
-            for run in runs:
-                said = f"{run.id}: done"
-                try:
-                    train_run(trainer, run, folds, study.runs)
-                except RunFailed as fault:
-                    said = f"{run.id}: {fault}"
-                    failed.append(said)
-                if ranks.rank == 0:
-                    print(said, flush=True)
-    if failed:
-        raise UserError(f"{len(failed)} run(s) failed: " + " ".join(failed))
+    check_folds(folds, store.tiles)
+    planned = {run.id: run for run in plan_runs(job, folds, store.content_digest, task.ranks)}
+    runs = [planned[name] for name in task.runs if name in planned]  # a sweep may have been cut since
+    about = {"host": platform.node(), "pid": os.getpid(), "submission": submission.number, "task": task.name}
+    about |= {"attempt": attempt.name, "job": _slurm_job()}
+    with joined() as ranks:
+        group = _TrainingGroup(study, folds, ranks, watch, attempt, about)
+        for tile_px, of_size in groupby(group.to_do(runs), key=lambda run: run.tile_px):
+            data = load_data(store, folds, tile_px)
+            for network, own in groupby(of_size, key=lambda run: run.network):
+                group.train(lambda network=network, data=data: Trainer(network, data, job.train, ranks), own)
+        if group.failed and ranks.rank == 0:
+            print(f"cellhpc: {len(group.failed)} run(s) failed: {', '.join(group.failed)}", flush=True)
+        return group.failed
+
+
+class _TrainingGroup:
+    """The ranks of a training task, and what became of its runs."""
+
+    def __init__(
+        self, study: StudyFolder, folds: Folds, ranks: Ranks, watch: Watch, attempt: Path, about: dict[str, Any]
+    ) -> None:
+        self.study, self.folds, self.ranks, self.watch, self.attempt = study, folds, ranks, watch, attempt
+        self.about = about
+        self.failed: list[str] = []
+
+    def to_do(self, runs: list[Run]) -> list[Run]:
+        """Leave out runs that are done, and those that failed in this task before it was started anew.
+
+        Rank 0 decides: a shared file system may show files to some ranks later.
+        """
+        mine = [is_done(self.study.runs / run.id, run.digest) or self._failed_before(run) for run in runs]
+        skip = self.ranks.gather(np.array([mine], np.int32).reshape(1, -1))[0]
+        return [run for run, done in zip(runs, skip, strict=True) if not done]
+
+    def train(self, make: Callable[[], Trainer], runs: Iterator[Run]) -> None:
+        """Train runs with one network; a run that fails leaves its reason, and the next one is trained."""
+        trainer = None
+        for run in runs:
+            try:
+                trainer = trainer or make()
+                train_run(trainer, run, self.folds, self.study.runs, self.watch, self.about)
+                said = "done"
+            except RunFailed as fault:
+                said = str(fault)
+                self._fail(run, fault)
+            except Interrupted:
+                self._note_idle(run)
+                raise
+            except UserError:
+                raise
+            except Exception as fault:
+                said = traceback.format_exc()
+                self._fail(run, fault, everywhere=True)
+                if self.ranks.size > 1:
+                    print(f"{run.id}: {said}", flush=True)
+                    os._exit(1)  # the other ranks wait for this one; all start anew with the next run
+                trainer = None
+            if self.ranks.rank == 0:
+                print(f"{run.id}: {said}", flush=True)
+
+    def _fail(self, run: Run, fault: Exception, everywhere: bool = False) -> None:
+        self.failed.append(run.id)
+        if everywhere or self.ranks.rank == 0:
+            _record(self.study.runs / run.id / FAILED, fault, self.attempt)
+
+    def _failed_before(self, run: Run) -> bool:
+        try:
+            known = read_json(self.study.runs / run.id / FAILED)
+        except FileNotFoundError:
+            return False
+        return (known["submission"], known["task"]) == (self.about["submission"], self.about["task"])
+
+    def _note_idle(self, run: Run) -> None:
+        """Count stops without a step in between; too many of them are a failure, not an endless queue."""
+        if self.ranks.rank or self.watch.steps_done:
+            return
+        notes = self.attempt.parent / "idle"
+        with notes.open("a") as file:
+            file.write(f"{self.attempt.name} {run.id}\n")
+        if sum(line.endswith(f" {run.id}") for line in notes.read_text().splitlines()) >= IDLE_STOPS:
+            raise UserError(
+                f"{run.id} was told to stop {IDLE_STOPS} times before its first step: give the stage more time "
+                "(train.time of the site file)."
+            )
+
+
+def _slurm_job() -> str | None:
+    """Slurm's name of this job or element, as `12_3`."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def _prepare_tensorflow(threads: int) -> None:
@@ -68,17 +257,25 @@ def _prepare_tensorflow(threads: int) -> None:
         raise UserError(NO_TENSORFLOW) from None
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    for device in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(device, True)
+    if devices := tf.config.list_physical_devices("GPU"):
+        # Slurm may show a task its own GPU only, or all that the job has on the node.
+        mine = devices[int(os.environ.get("SLURM_LOCALID", os.environ[RANK])) % len(devices)]
+        tf.config.set_visible_devices(mine, "GPU")
+        tf.config.experimental.set_memory_growth(mine, True)
     tf.config.experimental.enable_op_determinism()
 
 
+STAGES: dict[str, Callable[[StudyFolder, Submission, Task, Path, Watch], list[str]]] = {
+    "convert": _convert,
+    "train": _train,
+    "aggregate": _aggregate,
+}
+
+
 def main() -> None:
-    """Entry point of ``python -m cellhpc.work STUDY JOB.json``."""
-    try:
-        work(StudyFolder(Path(sys.argv[1])), Path(sys.argv[2]))
-    except UserError as fault:
-        sys.exit(f"cellhpc: {fault}")
+    """Entry point of ``python -m cellhpc.work STUDY SUBMISSION TASK ATTEMPT``."""
+    study, submission, task, attempt = sys.argv[1:]
+    sys.exit(be_rank(StudyFolder(Path(study)), Path(submission), task, Path(attempt)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellhpc import ledger, scores
+from cellhpc.attempts import Attempt
 from cellhpc.folds import Fold, Folds, write_folds
 
 CLASSES = ("Actin disruptors", "DNA damage", "Epithelial")
@@ -89,7 +90,9 @@ def make_run(
     unit: Path, table: pd.DataFrame, network: str, start: str, seed: int, fold: Fold, folds: Folds, epochs: int
 ) -> None:
     """Write one finished run; its held-out accuracy grows to what its predictions give in the last epoch."""
-    ledger.write_table(unit / "predictions.parquet", table)
+    digest = f"digest of {unit.name}"
+    attempt = Attempt.claim(unit, digest)
+    attempt.write_table("predictions.parquet", table)
     final = scores.levels(table)
     history = [
         {
@@ -104,7 +107,7 @@ def make_run(
         }
         for epoch in range(1, epochs + 1)
     ]
-    ledger.write_json(unit / "history.json", {"epochs": history})
+    attempt.write_json("history.json", {"epochs": history})
     document = {
         "id": unit.name,
         "network": network,
@@ -113,7 +116,7 @@ def make_run(
         "seed": seed,
         "fold": {"name": fold.name, "held_out": list(fold.held_out)},
         "folds_sha256": folds.sha256,
-        "digest": f"digest of {unit.name}",
+        "digest": digest,
         "classes": list(folds.classes),
         "ranks": 2,
         "seconds": 120.0,
@@ -124,5 +127,5 @@ def make_run(
         "dirty": False,
         "versions": {"numpy": "2.0.2"},
     }
-    ledger.write_json(unit / "run.json", document)
-    ledger.mark_done(unit, document["digest"])
+    attempt.write_json("run.json", document)
+    attempt.publish(digest)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
 from cellhpc.folds import Folds, plan_folds
 from cellhpc.settings import FoldsSettings, TrainSettings
 from cellhpc.sweep import Run
-from cellhpc.train import Data
+from cellhpc.train import Data, Watch
 
 CLASSES = ("dim", "middle", "bright")
 
@@ -45,6 +47,27 @@ def run(folds: Folds, network: str, fold: int = 0, seed: int = 0, weights: str =
     return Run(
         f"run-{fold}-{seed}", network, weights, weights, seed, side_px, folds.folds[fold], f"digest-{fold}-{seed}"
     )
+
+
+class After(Watch):
+    """A watch that does something once, after so many steps of this process; by itself it asks for a stop."""
+
+    def __init__(self, steps: int, act: Callable[[], None] | None = None, checkpoint_seconds: float = 600.0) -> None:
+        self._after, self._act = steps, act or self.stop
+        super().__init__(checkpoint_seconds=checkpoint_seconds)
+
+    def stop(self) -> None:
+        self.stop_asked = True
+
+    @property
+    def steps_done(self) -> int:
+        return self._done
+
+    @steps_done.setter
+    def steps_done(self, steps: int) -> None:
+        self._done = steps
+        if steps == self._after:
+            self._act()
 
 
 SETTINGS = TrainSettings(epochs=2, batch_size=16, learning_rate=0.01, augment="none")

@@ -14,6 +14,7 @@ import pytest
 
 from cellhpc import ledger, scores
 from cellhpc.aggregate import aggregate
+from cellhpc.attempts import Attempt, finished
 from cellhpc.errors import DataError
 from tests.made_up import CLASSES, COMPOUNDS, make_study, predictions
 
@@ -36,12 +37,19 @@ def units(study: Path) -> list[Path]:
     return sorted((study / "runs").iterdir())
 
 
+def outputs(unit: Path) -> Path:
+    folder = finished(unit)
+    assert folder is not None
+    return folder
+
+
 def again(study: Path, how: scores.How = "mean") -> dict[str, Any]:
     return aggregate(study, "made-up", units(study), CLASSES, how)
 
 
 def change(unit: Path, **facts: Any) -> None:
-    ledger.write_json(unit / "run.json", {**ledger.read_json(unit / "run.json"), **facts})
+    record = outputs(unit) / "run.json"
+    ledger.write_json(record, {**ledger.read_json(record), **facts})
 
 
 def violations(document: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "scores") -> list[str]:
@@ -91,7 +99,9 @@ def test_scores_follow_the_schema_that_is_shipped(made: Path) -> None:
 
 def test_numbers_are_those_of_all_folds_together(made: Path) -> None:
     document = ledger.read_json(made / "results" / "scores.json")
-    tiles = pd.concat([pd.read_parquet(unit / "predictions.parquet") for unit in units(made) if "xavier" in unit.name])
+    tiles = pd.concat(
+        [pd.read_parquet(outputs(unit) / "predictions.parquet") for unit in units(made) if "xavier" in unit.name]
+    )
     model = next(model for model in document["models"] if model["initialisation"] == "xavier")
     for level, expected in scores.levels(tiles).items():
         assert {key: model["levels"][level][key] for key in expected} == expected
@@ -161,6 +171,21 @@ def test_an_interrupted_aggregation_is_done_again(study: Path) -> None:
     assert not (study / "results" / "confusion-gone.png").exists()
 
 
+def test_a_run_that_was_interrupted_counts_with_its_last_attempt(study: Path) -> None:
+    """An attempt that began later, and is not done, changes nothing."""
+    before = again(study)
+    unit = units(study)[0]
+    digest = f"digest of {unit.name}"
+    later = Attempt.claim(unit, digest)
+    later.write_json("history.json", {"epochs": []})
+    assert again(study) == before
+    shutil.copytree(outputs(unit), later.folder, dirs_exist_ok=True)
+    (unit / "done.json").unlink()
+    later.publish(digest)
+    assert outputs(unit) == later.folder
+    assert again(study)["models"] == before["models"]
+
+
 def test_seeds_make_an_ensemble(tmp_path: Path) -> None:
     runs = make_study(tmp_path, starts=("xavier",), seeds=(3, 1))
     (model,) = aggregate(tmp_path, "seeds", runs, CLASSES)["models"]
@@ -201,8 +226,8 @@ class TestRefusals:
         runs = units(study)
         change(runs[0], folds_sha256="f" * 64)
         change(runs[1], classes=[*reversed(CLASSES)])
-        (runs[2] / "predictions.parquet").write_bytes(b"torn")
-        ledger.write_json(runs[3] / "history.json", {"epochs": []})
+        (outputs(runs[2]) / "predictions.parquet").write_bytes(b"torn")
+        ledger.write_json(outputs(runs[3]) / "history.json", {"epochs": []})
         with pytest.raises(DataError) as caught:
             again(study)
         text = str(caught.value)
@@ -214,8 +239,8 @@ class TestRefusals:
 
     def test_a_compound_that_was_trained_on(self, study: Path) -> None:
         first, second = units(study)[:2]
-        leaking = pd.concat([pd.read_parquet(unit / "predictions.parquet") for unit in (first, second)])
-        ledger.write_table(first / "predictions.parquet", leaking)
+        leaking = pd.concat([pd.read_parquet(outputs(unit) / "predictions.parquet") for unit in (first, second)])
+        ledger.write_table(outputs(first) / "predictions.parquet", leaking)
         with pytest.raises(DataError, match=r"f00: predicts compound PP-2, which its fold AZ-A trained on: a leak"):
             again(study)
 
@@ -231,7 +256,7 @@ class TestRefusals:
             again(study)
 
     def test_columns_of_probabilities_in_another_order(self, study: Path) -> None:
-        path = units(study)[0] / "predictions.parquet"
+        path = outputs(units(study)[0]) / "predictions.parquet"
         table = pd.read_parquet(path)
         ledger.write_table(path, table[[*table.columns[:-3], *reversed(table.columns[-3:])]])
         with pytest.raises(
@@ -240,20 +265,20 @@ class TestRefusals:
             again(study)
 
     def test_rows_that_are_no_probabilities(self, study: Path) -> None:
-        path = units(study)[0] / "predictions.parquet"
+        path = outputs(units(study)[0]) / "predictions.parquet"
         ledger.write_table(path, pd.read_parquet(path).assign(**{"p_Epithelial": 2.0}))
         with pytest.raises(DataError, match=r"ResNet50_imagenet_s0_f00: .* hold no probabilities"):
             again(study)
 
     def test_a_tile_twice(self, study: Path) -> None:
-        path = units(study)[0] / "predictions.parquet"
+        path = outputs(units(study)[0]) / "predictions.parquet"
         table = pd.read_parquet(path)
         ledger.write_table(path, pd.concat([table, table.head(1)]))
         with pytest.raises(DataError, match="1 tiles are predicted more than once"):
             again(study)
 
     def test_histories_of_different_lengths(self, study: Path) -> None:
-        path = units(study)[0] / "history.json"
+        path = outputs(units(study)[0]) / "history.json"
         ledger.write_json(path, {"epochs": ledger.read_json(path)["epochs"][:2]})
         with pytest.raises(DataError, match="2 epochs in ResNet50_imagenet_s0_f00; 3 epochs in"):
             again(study)

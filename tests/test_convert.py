@@ -39,7 +39,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tests that are not about processes have a cluster that starts at once."""
 
     @contextlib.contextmanager
-    def cluster(workers: int) -> Iterator[Client]:
+    def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
         with (
             LocalCluster(
                 n_workers=1, threads_per_worker=workers, processes=False, dashboard_address=None, protocol="inproc://"

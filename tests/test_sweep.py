@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from cellhpc.errors import UsageError
 from cellhpc.folds import Folds, plan_folds
 from cellhpc.settings import FoldsSettings, Job, parse_job
-from cellhpc.sweep import TrainingJob, pack, plan_runs, tile_sizes_px
+from cellhpc.sweep import plan_runs, tile_sizes_px
 from tests import small
 
 
@@ -76,31 +75,3 @@ def test_one_network_in_two_spellings_is_refused(folds: Folds) -> None:
         UsageError, match=r"sweep.networks names a network twice: MobileNet-alpha0.25, MobileNet-alpha0"
     ):
         plan_runs(job(networks=networks, weights=["xavier"]), folds, "store")
-
-
-@pytest.mark.parametrize(
-    ("sweep", "sizes", "threads"),
-    [
-        ({}, [9], 8),
-        ({"ranks": 2}, [9], 4),
-        ({"parallel_jobs": 2, "ranks": 2}, [5, 4], 2),
-        ({"runs_per_job": 4}, [4, 4, 1], 8),
-        ({"parallel_jobs": 20}, [1] * 9, 1),
-    ],
-)
-def test_packing(folds: Folds, sweep: dict[str, int], sizes: list[int], threads: int) -> None:
-    settings = job(**sweep)
-    runs = plan_runs(settings, folds, "store")
-    jobs = pack(runs, settings, cores=8)
-    assert [len(packed.runs) for packed in jobs] == sizes
-    assert [run for packed in jobs for run in packed.runs] == runs
-    assert {packed.threads for packed in jobs} == {threads}
-
-
-def test_a_job_survives_json(folds: Folds) -> None:
-    packed = pack(plan_runs(job(), folds, "store"), job(), 2)[0]
-    assert TrainingJob.from_json(json.loads(json.dumps(packed.to_json()))) == packed
-
-
-def test_nothing_missing_is_no_job() -> None:
-    assert pack([], job(), 2) == []

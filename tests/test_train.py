@@ -1,18 +1,49 @@
 from __future__ import annotations
 
+import dataclasses
+import resource
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from cellhpc.attempts import Superseded, finished
+from cellhpc.checkpoint import CHECKPOINT, read_checkpoint
+from cellhpc.errors import UserError
 from cellhpc.ledger import read_json
 from cellhpc.ranks import OneRank
-from cellhpc.train import RunFailed, Trainer, _class_weights, _learning_rate, train_run
+from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, _learning_rate, train_run
 from tests import small
 from tests.ranks_at_work import start_ranks
 
 MOBILENET = "MobileNet(alpha=0.25)"
+
+
+class PowerCut(BaseException):
+    """Ends a process at once: nothing that comes after is written."""
+
+
+def outputs(unit: Path) -> Path:
+    folder = finished(unit)
+    assert folder is not None
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Predictions are equal bit for bit, and histories but for what depends on the clock and the machine."""
+    tables = [pd.read_parquet(folder / "predictions.parquet") for folder in (one, other)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    clock = {"seconds", "images_per_s", "waiting_for_data", "checkpoint_seconds", "memory_mb"}
+    first, second = (
+        [{key: value for key, value in epoch.items() if key not in clock} for epoch in read_json(path)["epochs"]]
+        for path in (one / "history.json", other / "history.json")
+    )
+    assert first == second
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +80,18 @@ def test_a_run_leaves_its_record_and_is_not_done_twice(trainer: Trainer, tmp_pat
     _, folds = small.data()
     run = small.run(folds, MOBILENET)
     train_run(trainer, run, folds, tmp_path)
-    record = read_json(tmp_path / run.id / "run.json")
+    record = read_json(outputs(tmp_path / run.id) / "run.json")
     assert record["fold"] == {"name": run.fold.name, "held_out": list(run.fold.held_out)}
     assert record["folds_sha256"] == folds.sha256
     assert not set(record["trained_on"]) & set(run.fold.held_out)
     assert record["training_tiles"] + record["held_out_tiles"] == len(trainer.data.tiles)
-    before = (tmp_path / run.id / "predictions.parquet").stat().st_mtime_ns
+    assert (record["attempt"], record["attempts"], record["interruptions"]) == ("001", 1, 0)
+    before = snapshot(tmp_path / run.id)
+    assert {path.name for path in before} == {
+        "attempt.json", "history.json", "run.json", "predictions.parquet", "done.json"
+    }  # fmt: skip
     train_run(trainer, run, folds, tmp_path)
-    assert (tmp_path / run.id / "predictions.parquet").stat().st_mtime_ns == before
+    assert snapshot(tmp_path / run.id) == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where() -> None:
@@ -66,6 +101,138 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where() -> None:
         RunFailed, match=r"the loss is nan at epoch 1, step \d with learning rate 1e\+30. Lower train.l"
     ):
         Trainer("VGG16", data, settings, OneRank()).fit(small.run(folds, "VGG16"), folds)
+
+
+class TestInterruptions:
+    @pytest.mark.parametrize("network", [MOBILENET, "EfficientNetB0"])  # the second has dropout
+    def test_a_run_that_was_stopped_three_times_is_the_whole_run(
+        self, network: str, trainer: Trainer, tmp_path: Path
+    ) -> None:
+        data, folds = small.data()
+        settings = small.SETTINGS.model_copy(update={"augment": "kensert2019", "schedule": "cosine"})
+        one = Trainer(network, data, settings, OneRank())
+        run, other = small.run(folds, network), small.run(folds, network, fold=3, seed=5)
+        train_run(one, run, folds, tmp_path / "whole")
+        for steps in (3, 1, 2):  # within an epoch, at its end, within the last one
+            with pytest.raises(Interrupted, match=r"run-0-0 was stopped in epoch \d, after step \d of 4"):
+                train_run(one, run, folds, tmp_path / "parts", small.After(steps))
+            with pytest.raises(Interrupted):  # another run of this process leaves its traces in the variables
+                train_run(one, other, folds, tmp_path / "parts", small.After(1))
+        train_run(one, run, folds, tmp_path / "parts")
+        whole, parts = outputs(tmp_path / "whole" / run.id), outputs(tmp_path / "parts" / run.id)
+        same_run(whole, parts)
+        record = read_json(parts / "run.json")
+        assert (record["attempt"], record["attempts"], record["interruptions"]) == ("004", 4, 3)
+        assert record["seconds"] > 0
+        assert {path.name for path in (tmp_path / "parts" / run.id).iterdir()} == {"004", "done.json"}
+        assert not (parts / CHECKPOINT).exists()
+
+    def test_two_ranks_go_through_stops_and_a_kill(self, tmp_path: Path) -> None:
+        """Rank 1 asks, rank 0 asks, rank 1 asks; then it is killed, and rank 0 must not wait for it."""
+        (seen,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, "whole", "interrupted", killed=1)
+        assert seen["stops"] == [3, 2, 4]
+        assert "lost another of the 2 ranks" in seen["lost"]
+        assert seen["seconds"] < 60
+        unit = tmp_path / small.run(small.data()[1], MOBILENET).id
+        assert sorted(path.name for path in unit.iterdir()) == ["001", "002", "003", "004"]
+        start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest")
+        same_run(outputs(tmp_path / "whole"), outputs(unit))
+        record = read_json(outputs(unit) / "run.json")
+        assert (record["attempts"], record["interruptions"]) == (5, 4)
+        began = [read_json(unit / "005" / "history.json")["epochs"]]
+        assert len(began[0]) == 3
+
+    def test_checkpoints_are_written_when_they_are_due(self, trainer: Trainer, tmp_path: Path) -> None:
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+
+        def cut() -> None:
+            raise PowerCut
+
+        with pytest.raises(PowerCut):
+            train_run(trainer, run, folds, tmp_path, small.After(6, cut, checkpoint_seconds=0))
+        about, _ = read_checkpoint(tmp_path / run.id / "001" / CHECKPOINT)
+        assert (about["progress"]["epoch"], about["progress"]["step"]) == (2, 1)  # the fifth of four steps an epoch
+        (epoch,) = read_json(tmp_path / run.id / "001" / "history.json")["epochs"]
+        assert epoch["checkpoint_seconds"] > 0
+        watch = Watch()
+        train_run(trainer, run, folds, tmp_path, watch)
+        assert watch.steps_done == 3
+        train_run(trainer, run, folds, tmp_path / "whole")
+        same_run(outputs(tmp_path / "whole" / run.id), outputs(tmp_path / run.id))
+
+    def test_a_damaged_checkpoint_is_skipped_for_an_earlier_one_and_then_for_the_start(
+        self, trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        unit = tmp_path / run.id
+        train_run(trainer, run, folds, tmp_path / "whole")
+        for steps in (2, 3):
+            with pytest.raises(Interrupted):
+                train_run(trainer, run, folds, tmp_path, small.After(steps))
+        torn = unit / "002" / CHECKPOINT
+        torn.write_bytes(torn.read_bytes()[:-1000])
+        with pytest.raises(Interrupted):
+            train_run(trainer, run, folds, tmp_path, small.After(1))
+        said = capsys.readouterr().out
+        assert f"{torn} is skipped: damaged: " in said
+        assert f"continued from {unit / '001' / CHECKPOINT}: epoch 1, 2 steps" in said
+        for path in unit.glob(f"*/{CHECKPOINT}"):
+            path.write_bytes(b"")
+        watch = Watch()
+        train_run(trainer, run, folds, tmp_path, watch)
+        assert watch.steps_done == 8
+        same_run(outputs(tmp_path / "whole" / run.id), outputs(unit))
+
+    def test_a_checkpoint_of_other_settings_is_not_continued(self, trainer: Trainer, tmp_path: Path) -> None:
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        with pytest.raises(Interrupted):
+            train_run(trainer, run, folds, tmp_path, small.After(2))
+        watch = Watch()
+        changed = dataclasses.replace(run, digest="other")
+        train_run(trainer, changed, folds, tmp_path, watch)
+        assert watch.steps_done == 8
+        assert read_json(outputs(tmp_path / run.id) / "run.json")["attempts"] == 1
+
+    @pytest.mark.parametrize("after", [2, 7])  # it wakes before the first history, or before its outputs
+    def test_a_process_that_was_cut_off_overwrites_nothing_of_its_successor(
+        self, after: int, trainer: Trainer, tmp_path: Path
+    ) -> None:
+        """The successor does the whole run while the first one hangs; that one goes on with numbers that are wrong now."""
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        left: dict[Path, bytes] = {}
+
+        def succeed() -> None:
+            train_run(trainer, run, folds, tmp_path)
+            left.update(snapshot(tmp_path / run.id))
+
+        with pytest.raises(Superseded, match="attempt 001 of run-0-0 was superseded by 002"):
+            train_run(
+                trainer, run, folds, tmp_path, small.After(after, succeed, checkpoint_seconds=0 if after == 2 else 600)
+            )
+        assert left
+        assert snapshot(tmp_path / run.id) == left
+        assert outputs(tmp_path / run.id).name == "002"
+
+    def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(self, trainer: Trainer, tmp_path: Path) -> None:
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        with pytest.raises(Interrupted):
+            train_run(trainer, run, folds, tmp_path, small.After(2))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # stands for the disk
+        try:
+            with pytest.raises(UserError, match=r"002/checkpoint.npz can't be written: File too large\."):
+                train_run(trainer, run, folds, tmp_path, small.After(3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert {path.name for path in (tmp_path / run.id / "002").iterdir()} == {"attempt.json", "history.json"}
+        watch = Watch()
+        train_run(trainer, run, folds, tmp_path, watch)
+        assert watch.steps_done == 6
 
 
 def test_two_ranks_have_equal_weights_after_every_epoch(tmp_path: Path) -> None:

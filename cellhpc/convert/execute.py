@@ -1,4 +1,4 @@
-"""Raw fields to 8-bit tiles: carries out a plan on a local Dask cluster, and writes the store's tables.
+"""Raw fields to 8-bit tiles: carries out a plan on Dask's workers, and writes the store's tables.
 
 First the DMSO fields of each plate are counted, then each task turns the fields of one shard into tiles. A task that is
 done has a marker in the store's folder `work`; whatever kills the conversion, the same call later does the tasks that
@@ -10,7 +10,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import logging
+import itertools
+import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -44,6 +45,8 @@ from cellhpc.convert.tasks import (
     read_marker,
     statistics_record,
 )
+from cellhpc.convert.workers import cluster as _cluster
+from cellhpc.convert.workers import cores, present, ranks, release
 from cellhpc.correct import PlateStatistics, plate_statistics
 from cellhpc.errors import DataError, UserError, listing
 from cellhpc.ledger import held, read_json, write_json, write_text
@@ -57,7 +60,19 @@ if TYPE_CHECKING:
 DMSO_FIELDS = 8
 """DMSO fields that are counted in one task."""
 
+JOBS_PER_THREAD = 4
+"""Tasks that are with the scheduler at a time, for each thread that is there to work."""
+POLL_SECONDS = 0.5
+IDLE_SECONDS = 180.0
+"""How long there may be no worker at all before a conversion gives up; the last ones may just start anew."""
+SILENT_SECONDS = 1800.0
+"""How long workers may take before any of them ends a task, and the conversion gives up; a task takes seconds."""
+
 Work = Callable[..., Any]
+
+
+class ConversionStopped(UserError):
+    """A stop was asked for; what is done stays done, and the same call does the rest."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +84,26 @@ class Conversion:
     record: dict[str, Any]
 
 
-def convert(plan: ConversionPlan, workers: int | None = None) -> Conversion:
+def convert(
+    plan: ConversionPlan,
+    workers: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    dashboard: bool = False,
+) -> Conversion:
     """Carry out what is missing of a conversion; a store that is finished is left alone.
+
+    With several ranks in the environment (see `cellhpc.hosts`), rank 0 calls this, and the others call `serve`.
 
     Parameters
     ----------
     plan
         From `plan_conversion`.
     workers
-        Processes; by default as many as there are cores for us, and never more than tasks.
+        Processes of this rank; by default as many as there are cores for us, and never more than tasks.
+    stop
+        Asked about twice a second; once it says true, the conversion stops.
+    dashboard
+        Serve Dask's dashboard on the loopback interface, if Bokeh is installed.
 
     Raises
     ------
@@ -87,8 +113,17 @@ def convert(plan: ConversionPlan, workers: int | None = None) -> Conversion:
     UsageError
         The folder holds another store, or another process converts into it.
     UserError
-        The store can't be written, or a worker died again and again.
+        The store can't be written, a worker died again and again, or no worker is left.
+    ConversionStopped
+        As `stop` asked for.
     """
+    try:
+        return _convert(plan, workers, stop, dashboard)
+    finally:
+        release()
+
+
+def _convert(plan: ConversionPlan, workers: int | None, stop: Callable[[], bool], dashboard: bool) -> Conversion:
     if plan.is_finished:
         return Conversion(plan.store, True, read_json(plan.store / STORE))
     with _locked(plan.store):
@@ -96,20 +131,13 @@ def convert(plan: ConversionPlan, workers: int | None = None) -> Conversion:
         plates, tasks = _missing_plates(plan), _missing_tasks(plan)
         if plates or tasks:
             (plan.store / STORE).unlink(missing_ok=True)  # readers must not meet a store that changes
-            count = max(1, min(workers or _cores(), len(tasks) + len(plates)))
-            with _cluster(count) as client:
-                problems = _count_plates(plan, plates, client, 4 * count)
-                problems += _convert_tasks(plan, client, 4 * count)
+            count = max(1, min(workers or cores(), len(tasks) + len(plates)))
+            with _cluster(count, dashboard) as client:
+                problems = _count_plates(plan, plates, client, stop)
+                problems += _convert_tasks(plan, client, stop)
             _refuse(plan, problems)
         record = write_tables(plan)
     return Conversion(plan.store, False, record)
-
-
-def _cores() -> int:
-    """Cores that this process may use, by affinity and control group."""
-    from dask.system import CPU_COUNT
-
-    return int(CPU_COUNT)
 
 
 def _missing_plates(plan: ConversionPlan) -> list[Plate]:
@@ -159,7 +187,7 @@ class _PlateCount:
         return [record for block in sorted(self.records) for record in self.records[block]]
 
 
-def _count_plates(plan: ConversionPlan, plates: list[Plate], client: Client, window: int) -> list[str]:
+def _count_plates(plan: ConversionPlan, plates: list[Plate], client: Client, stop: Callable[[], bool]) -> list[str]:
     """Make the statistics of plates; returns what is wrong with their DMSO fields."""
     recipe = Recipe.of(plan)
     blocks = [
@@ -170,8 +198,8 @@ def _count_plates(plan: ConversionPlan, plates: list[Plate], client: Client, win
     found: dict[str, _PlateCount] = collections.defaultdict(_PlateCount)
     problems: list[str] = []
     jobs = ((count_dmso, (recipe, sources), (*name, sources)) for name, sources in blocks)
-    with _reading("DMSO pixels", [source for _, sources in blocks for source in sources]) as note:
-        for (plate, first, sources), (counts, records) in _run(client, jobs, window):
+    with _reading("DMSO pixels", [source for _, sources in blocks for source in sources], client) as note:
+        for (plate, first, sources), (counts, records) in _run(client, jobs, stop):
             note(sources)
             mine = found[plate.name]
             mine.add(first, counts, records)
@@ -199,15 +227,15 @@ def _finish_plate(plan: ConversionPlan, plate: Plate, found: _PlateCount) -> lis
     return []
 
 
-def _convert_tasks(plan: ConversionPlan, client: Client, window: int) -> list[str]:
+def _convert_tasks(plan: ConversionPlan, client: Client, stop: Callable[[], bool]) -> list[str]:
     """Do the missing tasks; returns what is wrong with fields that may not be set aside."""
     recipe = Recipe.of(plan)
     refused = plan.normalised and recipe.skip_bad  # what lacks statistics now was refused, and its reason told
     missing = [(task, mine) for task, mine in _missing_tasks(plan) if mine or not refused]
     problems: list[str] = []
     jobs = ((convert_shard, (recipe, task, mine), task) for task, mine in missing)
-    with _reading("Converting", [source for task, _ in missing for source in task.fields]) as note:
-        for task, bad in _run(client, jobs, window):
+    with _reading("Converting", [source for task, _ in missing for source in task.fields], client) as note:
+        for task, bad in _run(client, jobs, stop):
             note(task.fields)
             if not recipe.skip_bad:
                 problems += [_problem(task.plate, record) for record in bad]
@@ -227,60 +255,63 @@ def _problem(plate: str, record: dict[str, Any]) -> str:
     return f"plate {plate}: well {record['well']} field {record['field']}: {record['bad']}"
 
 
-def _run(client: Client, jobs: Iterator[tuple[Work, tuple[Any, ...], Any]], window: int) -> Iterator[tuple[Any, Any]]:
-    """Run jobs, of which at most `window` are with the scheduler at a time; yields (name, result) as they end."""
-    from distributed import as_completed
-    from distributed.scheduler import KilledWorker
-
-    waiting: dict[str, Any] = {}
-
-    def submit() -> list[Any]:
-        job = next(jobs, None)
-        if job is None:
-            return []
-        function, arguments, name = job
-        future = client.submit(function, *arguments, pure=False)
-        waiting[future.key] = name
-        return [future]
-
-    running = as_completed([future for _ in range(window) for future in submit()])
-    for future in running:
-        name = waiting.pop(future.key)
+def _run(
+    client: Client, jobs: Iterator[tuple[Work, tuple[Any, ...], Any]], stop: Callable[[], bool]
+) -> Iterator[tuple[Any, Any]]:
+    """Run jobs, of which a few for each thread are with the scheduler at a time; yields (name, result) as they end."""
+    waiting: dict[Any, Any] = {}
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    manned = heard = time.monotonic()
+    while True:
+        if stop():
+            client.cancel(list(waiting), force=True)
+            raise ConversionStopped("The conversion was stopped. What is done stays done: type the same command again.")
+        now, threads = time.monotonic(), present(client)[0]
+        manned = now if threads else manned
+        for function, arguments, name in itertools.islice(
+            jobs, max(0, JOBS_PER_THREAD * max(1, threads) - len(waiting))
+        ):
+            future = client.submit(function, *arguments, pure=False)
+            waiting[future] = name
+            future.add_done_callback(ended.put)
+        if not waiting:
+            return
         try:
-            result = future.result()
-        except KilledWorker:
-            raise UserError(
-                "A worker process died four times on the same task, most likely for want of memory. "
-                "Give them more memory and type the same command: what is done stays done. Or begin a new study.folder "
-                "with a smaller convert.shard_fields."
-            ) from None
+            future = ended.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            _give_up(now - manned, now - heard)
+            continue
+        heard = now
+        name, result = waiting.pop(future), _result(future)
         future.release()
-        running.update(submit())
         yield name, result
 
 
-@contextlib.contextmanager
-def _cluster(workers: int) -> Iterator[Client]:
-    """Start worker processes on the loopback interface; they end with the block, or with this process."""
-    from distributed import Client, LocalCluster
-    from distributed.security import Security
+def _give_up(unmanned_s: float, silent_s: float) -> None:
+    """End a conversion that nobody works on, or of which nothing is heard any more."""
+    again = "Type the same command again: what is done stays done."
+    if unmanned_s > IDLE_SECONDS:
+        raise UserError(
+            f"No worker process could be kept alive for {IDLE_SECONDS:.0f} s, most likely for want of memory. {again}"
+        )
+    if silent_s > SILENT_SECONDS:
+        raise UserError(
+            f"No worker has ended a task for {SILENT_SECONDS:.0f} s; the raw pictures or the store may lie on a file "
+            f"system that does not answer. {again}"
+        )
 
-    # Whoever reaches a scheduler can run code in it. A key of the moment keeps the machine's other users out.
-    security = Security.temporary()
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-            memory_limit=0,  # a task's memory is bounded by its shard
-            security=security,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster, security=security) as client,
-    ):
-        yield client
+
+def _result(future: Any) -> Any:
+    from distributed.scheduler import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker:
+        raise UserError(
+            "A worker process died four times on the same task, most likely for want of memory. "
+            "Give them more memory and type the same command: what is done stays done. Or begin a new study.folder "
+            "with a smaller convert.shard_fields."
+        ) from None
 
 
 def _locked(store: Path) -> AbstractContextManager[None]:
@@ -334,7 +365,9 @@ def _metadata(plan: ConversionPlan) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _reading(title: str, sources: list[FieldSource]) -> Iterator[Callable[[Iterable[FieldSource]], None]]:
+def _reading(
+    title: str, sources: list[FieldSource], client: Client
+) -> Iterator[Callable[[Iterable[FieldSource]], None]]:
     """Show the progress over fields, with the megabytes of raw files read in a second; nothing if there are none."""
     if not sources:
         yield lambda _: None
@@ -346,6 +379,7 @@ def _reading(title: str, sources: list[FieldSource]) -> Iterator[Callable[[Itera
             nonlocal read
             done = list(done)
             read += sum(source.bytes for source in done)
-            advance(len(done), f"{read / 1e6 / max(time.monotonic() - began, 1e-3):,.0f} MB/s")
+            speed = f"{read / 1e6 / max(time.monotonic() - began, 1e-3):,.0f} MB/s"
+            advance(len(done), f"{speed}, {present(client)[1]} of {ranks()} ranks" if ranks() > 1 else speed)
 
         yield note

@@ -128,8 +128,7 @@ class ConversionPlan:
     def content_digest(self) -> str:
         """Digest of what the store holds: the plan's own, and with fields set aside, also of these."""
         recorded = _read(self.store / STORE)
-        bad = recorded.get("bad_fields", []) if recorded.get("digest") == self.digest else []
-        return digest([self.digest, bad]) if bad else self.digest
+        return content_digest(recorded) if recorded.get("digest") == self.digest else self.digest
 
     def counts(self) -> dict[str, Any]:
         """Tell what a finished conversion kept and set aside; empty when it is not finished."""
@@ -199,6 +198,12 @@ class ConversionPlan:
             f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields",
         ]
         return "\n".join(lines)
+
+
+def content_digest(record: dict[str, Any]) -> str:
+    """Digest of what a finished store holds, from its record: the plan's, and that of the fields set aside."""
+    stated: str = record["digest"]
+    return digest([stated, record["bad_fields"]]) if record["bad_fields"] else stated
 
 
 def plan_conversion(

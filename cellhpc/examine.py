@@ -1,0 +1,211 @@
+"""What `cellhpc doctor` asks on a node: each rank of its small job leaves its answer beside the job's logs.
+
+An answer is written anew before every step that could end the process, with the name of the step in it: what a node
+could not survive is known too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import pwd
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cellhpc.hosts import MEETING, RANK, RANKS
+from cellhpc.ledger import write_json, write_text
+from cellhpc.submission import CHECKPOINTED, DONE
+
+TOKEN = "token"  # noqa: S105
+"""File of the work folder, written where the command is typed and read by every rank."""
+SCONTROL = "scontrol"
+"""File of an attempt: what the node's own `scontrol --version` says; a container has none."""
+PACKAGES = ("tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "submitit")
+_NAMES_OF = {"tensorflow": ("tensorflow", "tensorflow-cpu")}
+_TRIAL_BYTES = 2**20
+
+
+def facts() -> dict[str, Any]:
+    """Tell what has to be the same on both sides: Python, packages, the user."""
+    return {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "cellhpc": metadata.version("cellhpc"),
+        "sources": _sources(),
+        "packages": {package: version for package in PACKAGES if (version := _version(package))},
+        "uid": os.getuid(),
+        "user": _user(os.getuid()),
+    }
+
+
+def carry_out(submission: str, task: str, trains: bool) -> None:
+    """Be one rank of a doctor's job that Slurm started; `trains` asks for all that a training needs too.
+
+    With `trains`, the first start of the job ends as a training does at its time limit: the job is queued again, and
+    its second start only says that it came.
+    """
+    folder = Path(submission)
+    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    attempt = folder / task / f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    if any((folder / task).glob(f"*/{CHECKPOINTED}")):
+        if rank == 0:
+            write_text(attempt / DONE, "0\n")
+        return
+    os.environ.update({RANK: str(rank), RANKS: str(size), MEETING: str(attempt)})
+    answer = _Answer(attempt / f"answer-{rank}.json", rank=rank)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, answer.stop)
+    answer.add("facts", facts)
+    answer.add("folder", lambda: _folder(folder, attempt / f"note-{rank}"))
+    answer.add("scratch", _scratch)
+    answer.add("cellhpc's own modules", _modules)
+    if trains:
+        answer.add("TensorFlow", _tensorflow)
+        answer.add("Horovod", _horovod)
+        if size > 1:
+            answer.add("rendezvous", functools.partial(_rendezvous, rank, size))
+    answer.finish()
+    if answer.lost:
+        os._exit(1)  # the other ranks wait for this one, and Horovod for them
+    if rank == 0 and trains and _can_requeue(attempt):
+        (attempt / CHECKPOINTED).touch()
+    elif rank == 0:
+        write_text(attempt / DONE, "0\n")
+
+
+class _Answer:
+    """What a rank has found so far, on disk."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path = path
+        self.told: dict[str, Any] = {"rank": rank, "host": platform.node(), "time": time.time(), "doing": "start"}
+        self.told |= {"partition": os.environ.get("SLURM_JOB_PARTITION", ""), "finished": False}
+        self.lost = False
+
+    def add(self, step: str, look: Any) -> None:
+        """Take a step; whatever goes wrong in it is its answer."""
+        self.told["doing"] = step
+        write_json(self.path, self.told)
+        try:
+            self.told[step] = look()
+        except Exception as fault:
+            self.told[step] = {"error": f"{type(fault).__name__}: {fault}"}
+            self.lost = self.lost or step == "rendezvous"
+
+    def finish(self) -> None:
+        """Leave the whole answer."""
+        self.told |= {"doing": "", "finished": True}
+        write_json(self.path, self.told)
+
+    def stop(self, number: int, _: Any) -> None:
+        """End at a signal, and say at which step."""
+        print(f"cellhpc: {signal.Signals(number).name} while it looked at: {self.told['doing']}", flush=True)
+        os._exit(1)
+
+
+def _folder(folder: Path, note: Path) -> dict[str, Any]:
+    """Read what the other side wrote, and write as a job's own programs do."""
+    token = folder / TOKEN
+    note.write_text("written on a node\n")
+    return {"token": token.read_text(), "owner": token.stat().st_uid, "mode": note.stat().st_mode & 0o777}
+
+
+def _scratch() -> dict[str, Any]:
+    """Write and read a file in the folder for temporary files."""
+    folder = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(os.urandom(_TRIAL_BYTES))
+        file.flush()
+    return {"folder": str(folder), "free_gb": shutil.disk_usage(folder).free / 1e9}
+
+
+def _modules() -> dict[str, Any]:
+    """Import what every stage imports."""
+    import cellhpc.work
+
+    return {"module": cellhpc.work.__name__}
+
+
+def _tensorflow() -> dict[str, Any]:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    devices = []
+    for device in tf.config.list_physical_devices():
+        details = tf.config.experimental.get_device_details(device) if device.device_type == "GPU" else {}
+        devices.append(details.get("device_name", device.device_type))
+        with contextlib.suppress(RuntimeError, ValueError):
+            tf.config.experimental.set_memory_growth(device, True)
+    return {"version": tf.__version__, "devices": devices, "cuda": tf.test.is_built_with_cuda()}
+
+
+def _horovod() -> dict[str, Any]:
+    import horovod.tensorflow as horovod
+
+    built = {"gloo": horovod.gloo_built(), "nccl": horovod.nccl_built(), "mpi": horovod.mpi_built()}
+    return {"version": metadata.version("horovod"), "built": [name for name, there in built.items() if there]}
+
+
+def _rendezvous(rank: int, size: int) -> dict[str, Any]:
+    """Join the ranks as a training does, and take the mean of their numbers."""
+    import tensorflow as tf
+
+    from cellhpc.ranks import joined
+
+    began = time.monotonic()
+    with joined() as ranks:
+        (mean,) = ranks.mean([tf.constant([float(rank)])])
+        seconds = time.monotonic() - began
+    return {
+        "mean": float(mean[0]),
+        "expected": (size - 1) / 2,
+        "seconds": seconds,
+        "interface": os.environ["HOROVOD_GLOO_IFACE"],
+        "address": os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
+    }
+
+
+def _can_requeue(attempt: Path) -> bool:
+    """Tell whether the node has scontrol: without it, the batch script could not queue the job again."""
+    with contextlib.suppress(FileNotFoundError):
+        return (attempt / SCONTROL).read_text().startswith("slurm")
+    return False
+
+
+def _version(package: str) -> str | None:
+    for name in _NAMES_OF.get(package, (package,)):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def _sources() -> str:
+    """Digest of cellhpc's files: two commits may have one version."""
+    digest = hashlib.sha256()
+    for path in _files(Path(__file__).parent):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name != "__pycache__":
+            yield from _files(path)
+        elif path.is_file():
+            yield path
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,65 @@
+"""Trains one run whole, and the same run with interruptions, on as many ranks as the test starts.
+
+Usage: resume_program.py FOLDER whole|interrupted|rest
+
+- `interrupted`: stopped three times, by a rank each; then rank 1 is killed between two checkpoints.
+- `rest`: new processes do the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import small
+import tensorflow as tf
+
+from cellhpc.ranks import RankLost, joined
+from cellhpc.train import Interrupted, Trainer, Watch, train_run
+
+folder, parts = Path(sys.argv[1]), sys.argv[2:]
+tf.config.threading.set_intra_op_parallelism_threads(1)
+tf.config.experimental.enable_op_determinism()
+data, folds = small.data()
+settings = small.SETTINGS.model_copy(update={"epochs": 3, "augment": "rotations"})
+NETWORK = "MobileNet(alpha=0.25)"
+run = small.run(folds, NETWORK)
+seen: dict[str, object] = {}
+
+
+def die() -> None:
+    (folder / "killed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+with joined() as ranks:
+    trainer = Trainer(NETWORK, data, settings, ranks)
+    if "whole" in parts:
+        train_run(trainer, dataclasses.replace(run, id="whole"), folds, folder)
+    if "interrupted" in parts:
+        stops = []
+        for rank, steps in ((1, 3), (0, 2), (1, 4)):
+            watch = small.After(steps) if ranks.rank == rank else Watch()
+            try:
+                train_run(trainer, run, folds, folder, watch)
+            except Interrupted:
+                stops.append(watch.steps_done)
+        seen["stops"] = stops
+        watch = small.After(2, die, 0.0) if ranks.rank == 1 else Watch(checkpoint_seconds=0.0)
+        try:
+            train_run(trainer, run, folds, folder, watch)
+        except RankLost as fault:
+            seen |= {"lost": str(fault), "seconds": time.time() - (folder / "killed").stat().st_mtime}
+            print("SAW " + json.dumps(seen), flush=True)
+            os._exit(0)
+    if "rest" in parts:
+        train_run(trainer, run, folds, folder)
+print("SAW " + json.dumps(seen))

@@ -1,0 +1,78 @@
+"""The real Slurm cluster that tests share, and what they ask it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.cluster import LocalCluster
+
+INSTALL = Path(__file__).parents[1] / "slurm" / "install.sh"
+
+
+def require_slurm(accounting: bool = False, root: bool = True) -> None:
+    """Skip the test, with the reason, where no local cluster can run; in CI on Debian, install Slurm instead."""
+    if root and os.geteuid() != 0:
+        pytest.skip("nodes that are hosts of their own need root")
+    in_ci = os.environ.get("CI") == "true" and os.geteuid() == 0 and bool(shutil.which("apt-get"))
+    if LocalCluster.can_run(accounting) and in_ci:
+        subprocess.run([INSTALL, *["--accounting"] * accounting], check=True, timeout=540)
+    if reason := LocalCluster.can_run(accounting):
+        (pytest.fail if in_ci else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A cluster of 3 nodes with 4 CPUs each, every node a host of its own; `whole_cluster` after a fault."""
+    require_slurm()
+    folder = tmp_path_factory.mktemp("slurm")
+    with LocalCluster(folder, nodes=3, cpus=4, slurmd_timeout=5, kill_wait=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def whole_cluster(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """Give the shared cluster to a test that breaks it: healed before the test and after it."""
+    cluster.heal()
+    yield cluster
+    cluster.heal()
+
+
+def submit(cluster: LocalCluster, script: str, *options: object) -> str:
+    """Submit a shell script with options of sbatch; returns the job's id."""
+    words = ["sbatch", "--parsable", "--chdir", cluster.folder, *options, "--wrap", script]
+    return cluster.run(*words, check=True).stdout.strip()
+
+
+def job_facts(cluster: LocalCluster, job: str) -> dict[str, str]:
+    """What Slurm says of a job (JobState, Restarts, NodeList, ...); empty if slurmctld does not answer."""
+    said = cluster.run("scontrol", "-o", "show", "job", job).stdout
+    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+
+
+def wait_for(what: str, test: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until something holds; fail the test if it does not within `seconds`."""
+    end = time.monotonic() + seconds
+    while not test():
+        if time.monotonic() > end:
+            pytest.fail(f"waited {seconds:.0f} s in vain until {what}")
+        time.sleep(0.1)
+
+
+def wait_for_job(cluster: LocalCluster, job: str, *states: str, seconds: float = 60.0) -> dict[str, str]:
+    """Wait until a job is in one of these states; returns what Slurm says of it."""
+    facts: dict[str, str] = {}
+
+    def reached() -> bool:
+        facts.clear()
+        facts.update(job_facts(cluster, job))
+        return facts.get("JobState") in states
+
+    wait_for(f"job {job} is {' or '.join(states)}", reached, seconds)
+    return facts

@@ -1,0 +1,132 @@
+"""The text that sbatch gets; with a real cluster its effect is proven in test_cluster_*.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cellhpc.batch import image_digest, plan_batches
+from cellhpc.errors import UsageError
+from cellhpc.settings import Job, parse_job
+from cellhpc.site import Site, load_site, parse_site
+from cellhpc.study import StudyFolder
+from cellhpc.submission import Task, pack
+
+HERE = Path(__file__).parent
+STUDY = StudyFolder(Path("/studies/moa"))
+
+
+def job(**sections: Any) -> Job:
+    document: dict[str, Any] = {
+        "study": {"name": "moa", "folder": str(STUDY.path)},
+        "screen": {"layout": "bbbc021", "path": "/raw"},
+        **sections,
+    }
+    return parse_job(document, "job")
+
+
+def tasks(ranks: int = 4, runs: int = 5) -> list[Task]:
+    trained = pack([f"run-{number}" for number in range(runs)], ranks, 8, parallel=runs, runs_per_job=0)
+    return [Task("convert-0000", "convert", 2, 32), *trained, Task("aggregate-0000", "aggregate")]
+
+
+def texts(site: Site, most: int = 1001, image: str | None = None, **sections: Any) -> str:
+    folder = STUDY.jobs / "0001"
+    batches = plan_batches(STUDY, job(**sections), site, tasks(), folder, most, image)
+    scripts = [batch.text(folder, ",".join(batch.after) or None) for batch in batches]
+    return "\n".join(scripts).replace(sys.executable, "PYTHON")
+
+
+@pytest.mark.parametrize("example", ["cpu", "gpu"])
+def test_the_scripts_of_the_example_sites_are_these(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    site = load_site(HERE.parent / "slurm" / f"{example}.toml")
+    image = None if site.container is None else "cellhpc-gpu.sif sha256:0123"
+    expected = HERE / "golden" / f"{example}.sbatch"
+    assert texts(site, image=image) == expected.read_text()
+
+
+def test_the_scripts_are_shell(tmp_path: Path) -> None:
+    site = load_site(HERE.parent / "slurm" / "cpu.toml")
+    script = tmp_path / "script.sh"
+    script.write_text(texts(site))
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_an_array_is_split_where_the_cluster_says(tmp_path: Path) -> None:
+    site = parse_site({"train": {"throttle": 3}}, "site")
+    batches = plan_batches(STUDY, job(), site, tasks(runs=5), tmp_path, 2, None)
+    trains = [batch for batch in batches if batch.stage == "train"]
+    assert [(batch.first, len(batch.tasks)) for batch in trains] == [(0, 2), (2, 2), (4, 1)]
+    assert "#SBATCH --array=0-1%2" in trains[0].text(tmp_path, None)
+    assert "first=2" in trains[1].text(tmp_path, None)
+    assert "--array" not in trains[2].text(tmp_path, None)
+
+
+def test_the_scores_wait_for_trainings_however_they_end_but_only_for_a_conversion_that_went_well() -> None:
+    batches = plan_batches(STUDY, job(), parse_site({}, "site"), tasks(), STUDY.jobs / "0001", 1001, None)
+    assert {batch.stage: batch.after for batch in batches} == {
+        "convert": (),
+        "train": ("afterok:convert",),
+        "aggregate": ("afterok:convert", "afterany:train"),
+    }
+    assert all("--kill-on-invalid-dep=yes" in batch.text(STUDY.path, "afterok:1") for batch in batches)
+
+
+def test_what_a_stage_says_goes_before_what_holds_for_all() -> None:
+    site = parse_site(
+        {
+            "slurm": {"partition": "cpu", "account": "a", "reservation": "r", "options": {"nice": 5}},
+            "train": {"partition": "gpu", "options": {"nice": 7, "exclusive": True}},
+        },
+        "site",
+    )
+    scripts = texts(site).split("#!/bin/bash")[1:]
+    convert, train, aggregate = scripts
+    assert "--partition=cpu" in convert
+    assert "--partition=cpu" in aggregate
+    assert "--partition=gpu" in train
+    for script in scripts:
+        assert "--account=a" in script
+        assert "--reservation=r" in script
+    assert "--nice=5" in convert
+    assert "--nice=7" in train
+    assert "#SBATCH --exclusive\n" in train
+
+
+def test_a_container_gets_the_folders_that_the_study_needs(tmp_path: Path) -> None:
+    image = tmp_path / "cellhpc.sif"
+    image.write_bytes(b"image")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "raw").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    site = parse_site(
+        {
+            "container": {"image": str(image), "binds": ["/more:/more:ro"], "options": ["--cleanenv"]},
+            "train": {"gres": "gpu:2"},
+            "scratch": {"folder": "/local/$SLURM_JOB_ID"},
+        },
+        "site",
+    )
+    screen = {"layout": "bbbc021", "path": str(tmp_path / "raw")}
+    weights = {"weights": [str(tmp_path / "weights" / "w.h5")]}
+    convert, train, _ = texts(site, image=image_digest(site), screen=screen, sweep=weights).split("#!/bin/bash")[1:]
+    for path in (STUDY.path, tmp_path / "raw", tmp_path / "elsewhere", tmp_path / "weights", "/more:/more:ro"):
+        assert f"--bind {path} " in train
+    assert '--bind "$TMPDIR"' in train
+    assert f"--nv --cleanenv {image} /opt/cellhpc/bin/python -u -m submitit" in train
+    assert "--nv" not in convert
+    assert (
+        "export CELLHPC_IMAGE='cellhpc.sif sha256:6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d'"
+        in train
+    )
+
+
+def test_an_image_that_is_not_there_is_refused_with_how_to_build_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"container.image .*/no.sif: no such file. Build one: make container"):
+        image_digest(parse_site({"container": {"image": str(tmp_path / "no.sif")}}, "site"))
