@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -191,8 +192,8 @@ class Keeper:
         about |= {"progress": asdict(progress), "until_now": self._until_now()}
 
         def write() -> None:
-            with self._claimed.replacing(CHECKPOINT) as temporary, temporary.open("wb") as file:
-                np.savez(file, about=np.array(json.dumps(about)), **arrays)
+            with self._claimed.replacing(CHECKPOINT) as temporary:
+                _save(temporary, {"about": np.array(json.dumps(about)), **arrays})
             # The newest of the earlier ones stays, in case that this one is damaged.
             for folder in [folder for folder in self._claimed.earlier() if (folder / CHECKPOINT).exists()][1:]:
                 (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -280,6 +281,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise
     except Exception as fault:  # a damaged archive makes zipfile and NumPy raise nearly anything
         raise DataError(f"damaged: {fault}") from None
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as np.savez does, which leaves an open archive behind when the disk is full."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _digest_of(attempt: Path) -> str | None:

@@ -216,6 +216,32 @@ def cancel(study: Path) -> None:
     click.echo("\n".join(f"ended: {what}" for what in ended) or "Nothing of it waits or runs.")
 
 
+@cli.command()
+@click.option(
+    "--site", "site_file", metavar="SITE.toml", type=click.Path(path_type=Path), required=True, help="The site file."
+)
+@click.option(
+    "--folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Below which its jobs get a new folder, removed if all is well; by default the one you are in.",
+)
+@click.option("--wait", "wait_s", default=600.0, show_default=True, metavar="SECONDS", help="For the jobs, at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(site_file: Path, folder: Path, wait_s: float, as_json: bool) -> None:
+    """Is this cluster ready? Runs one small job for each partition of the site file. Exit code 0 if nothing failed."""
+    from cellhpc.site import load_site
+
+    site = load_site(site_file)
+    from cellhpc.diagnosis import render
+    from cellhpc.doctor import diagnose  # imports much: a wrong site file is answered before
+
+    found = diagnose(site, folder, wait_s, lambda line: click.echo(line, err=True))
+    _answer(found.to_json(), as_json, lambda: _console().print(render(found)))
+    sys.exit(0 if found.healthy else UserError.exit_code)
+
+
 def _stages(
     stages: tuple[str, ...],
     job_file: Path,

@@ -204,10 +204,10 @@ class _TrainingGroup:
             except Interrupted:
                 self._note_idle(run)
                 raise
-            except UserError:
+            except (RankLost, Superseded):
                 raise
             except Exception as fault:
-                said = traceback.format_exc()
+                said = str(fault) if isinstance(fault, UserError) else traceback.format_exc()
                 self._fail(run, fault, everywhere=True)
                 if self.ranks.size > 1:
                     print(f"{run.id}: {said}", flush=True)

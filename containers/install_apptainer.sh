@@ -53,7 +53,7 @@ if [ ${#missing[@]} != 0 ]; then
         fail "apt-get could not install ${missing[*]}. Are its lists there? apt-get update"
 fi
 
-mirror=${APT_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' | head -n 1)}
+mirror=${APT_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Codename: bookworm' | sed -n 1p)}
 [ -n "$mirror" ] || fail "this machine's apt knows no mirror of Debian. Fetch its lists: apt-get update. Or name one: APT_MIRROR=URL"
 work=$(mktemp -d)
 partial=$prefix.partial.$$

@@ -14,15 +14,8 @@ its own name, address and processes; for others, or with --one-host, several slu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
-import json
 import os
-import platform
-import re
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -33,19 +26,11 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cellhpc.errors import UsageError, UserError
-from slurm.local.hosts import wait_until, why_no_namespaces
+from cellhpc.errors import UserError
+from slurm.local.client import USABLE, ask, down, node_states, record, start_node, up, why_not
+from slurm.local.hosts import wait_until
 from slurm.local.settings import Settings
-from slurm.local.supervisor import LOCK, RECORD, SOCKET, client_environment, sweep
-
-ROOT = Path(__file__).resolve().parents[1]
-INSTALL = "slurm/install.sh"
-_PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol", "sinfo", "sbatch", "srun", "ip", "nsenter", "unshare")
-_ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb", "sacctmgr")
-_UP_SECONDS = 240.0
-_USABLE = ("idle", "mixed", "allocated", "completing")
-_LONGEST_PATH = 80
-"""Linux allows 107 letters for the path of a socket; the longest name in a cluster's folder takes 25."""
+from slurm.local.supervisor import client_environment
 
 
 class LocalCluster:
@@ -75,7 +60,7 @@ class LocalCluster:
     """
 
     def __init__(self, folder: Path | str, **settings: Any) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).resolve()  # as Linux names the files that its daemons write
         self.settings = Settings(**settings)
         self._lifeline: int | None = None
 
@@ -104,13 +89,7 @@ class LocalCluster:
     @staticmethod
     def can_run(accounting: bool = False) -> str | None:
         """Say in a sentence why no cluster can run on this machine; None if one can."""
-        if platform.system() != "Linux":
-            return f"Slurm's daemons run on Linux; this is {platform.system()}."
-        missing = [name for name in _PROGRAMS + _ACCOUNTING_PROGRAMS * accounting if not _which(name)]
-        if missing:
-            option = " --accounting" if accounting else ""
-            return f"{', '.join(missing)} not found. Install Slurm, as root on Debian: {INSTALL}{option}"
-        return None
+        return why_not(accounting)
 
     @property
     def env(self) -> dict[str, str]:
@@ -167,183 +146,6 @@ class LocalCluster:
         return node_states(self.folder).get(name, "unknown")
 
 
-def up(folder: Path, settings: Settings, lifeline: int | None = None) -> dict[str, Any]:
-    """Start a cluster and wait until its nodes are idle.
-
-    Parameters
-    ----------
-    folder
-        Where it lives. What a killed one has left there is cleaned first.
-    settings
-        What it is to be.
-    lifeline
-        File descriptor of a pipe: the cluster ends when its other end is closed.
-
-    Returns
-    -------
-    dict
-        `nodes`, `addresses` (of each node), `address` (of this machine on their network), `hosts` (whether nodes are
-        hosts of their own), `port`, `pid` (of the supervisor).
-
-    Raises
-    ------
-    UsageError
-        The folder's name or content does not allow it.
-    UserError
-        It can't run here, the folder is in use, or a daemon did not start.
-    """
-    if reason := LocalCluster.can_run(settings.accounting):
-        raise UserError(reason)
-    if os.geteuid() == 0 and not settings.one_host and (reason := why_no_namespaces()):
-        raise UserError(
-            f"this machine does not let root make hosts of namespaces ({reason}). "
-            "Several slurmd on one host: --one-host"
-        )
-    _check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as lock:
-        if lock is None:
-            raise UserError(f"{folder} is in use by a cluster. End it (python slurm/cluster.py down {folder}), or name another folder.")  # fmt: skip  # noqa: E501
-        sweep(folder)
-        folder.chmod(0o755)  # Slurm's commands of other users read slurm.conf and reach munge's socket
-        words = dataclasses.asdict(dataclasses.replace(settings, one_host=settings.one_host or os.geteuid() != 0))
-        told, tells = os.pipe()
-        with (folder / "supervisor.log").open("wb") as log:
-            supervisor = subprocess.Popen(
-                [sys.executable, "-m", "slurm.local.supervisor", str(folder), json.dumps(words), str(tells)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL if lifeline is None else lifeline,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=(tells, lock),  # the supervisor holds the lock as long as it lives
-            )
-        os.close(tells)
-    with open(told) as outcome:  # noqa: PTH123
-        said = outcome.read()
-    if said != "up":
-        supervisor.wait()
-        raise UserError(f"the cluster did not start: {said or 'its supervisor died'}\nIts logs: {folder}/log")
-    _SUPERVISORS[folder] = supervisor
-    return _facts(folder)
-
-
-def down(folder: Path) -> bool:
-    """End a cluster, or clean up after one whose supervisor was killed.
-
-    Returns
-    -------
-    bool
-        False if nothing of a cluster was there.
-    """
-    if not (folder / LOCK).exists():
-        return False
-    left = (folder / RECORD).exists()
-    with contextlib.suppress(OSError, UserError):
-        ask(folder, "stop")
-    supervisor = _SUPERVISORS.pop(folder, None)
-    if supervisor is not None:
-        supervisor.wait(_UP_SECONDS)
-
-    def swept() -> bool:
-        with _locked(folder) as lock:
-            if lock is not None:
-                sweep(folder)
-            return lock is not None
-
-    wait_until("the cluster's supervisor has ended", swept, _UP_SECONDS)
-    return left
-
-
-def start_node(folder: Path, name: str) -> None:
-    """Switch a node on and wait until Slurm can use it."""
-    ask(folder, "start", name)
-    address, port = _facts(folder)["slurmd"][name]
-
-    def usable() -> bool:  # Slurm may not yet have seen that the node was off
-        with contextlib.suppress(OSError), socket.create_connection((address, port), 5):
-            return node_states(folder).get(name) in _USABLE
-        return False
-
-    wait_until(f"{name} is usable", usable, 60)
-
-
-def ask(folder: Path, action: str, name: str = "") -> Any:
-    """Have a cluster's supervisor carry out an action: kill, start, cut, mend, status or stop.
-
-    Raises
-    ------
-    UserError
-        No cluster is up in the folder, or the action is not possible; the message says why.
-    """
-    with socket.socket(socket.AF_UNIX) as client:
-        try:
-            client.connect(str(folder / SOCKET))
-        except OSError as fault:
-            if isinstance(fault, PermissionError):
-                raise UserError(f"the cluster in {folder} is another user's.") from None
-            raise UserError(f"no cluster is up in {folder}. Start one: python slurm/cluster.py up {folder}") from None
-        with client.makefile("rw") as line:
-            line.write(json.dumps([action, name]) + "\n")
-            line.flush()
-            answer = json.loads(line.readline() or '{"error": "the cluster ended meanwhile."}')
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["answer"]
-
-
-def node_states(folder: Path) -> dict[str, str]:
-    """Ask Slurm for the state of each node; empty if slurmctld does not answer."""
-    words = ["sinfo", "-h", "-N", "-p", "debug", "-o", "%N %T"]
-    environment = client_environment(folder)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=15, check=False)
-        return dict(line.split() for line in done.stdout.splitlines())
-    return {}
-
-
-_SUPERVISORS: dict[Path, subprocess.Popen[bytes]] = {}
-"""The supervisors that this process started: it has to collect them."""
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    return facts
-
-
-def _which(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that can't hold a cluster."""
-    if not re.fullmatch(r"[\w./+@-]+", str(folder)) or len(str(folder)) > _LONGEST_PATH:
-        raise UsageError(
-            f"a cluster's folder can't be {folder}: its path may have letters, digits and ./+@-_ only (Slurm reads it "
-            f"in a file), at most {_LONGEST_PATH} of them (it holds sockets). Name another folder."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; name a folder.")
-    if folder.exists() and not (folder / LOCK).exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} holds other files. Name a new or empty folder, or that of a cluster that is down.")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Any:
-    """Take the folder's lock and give its file descriptor; None if a supervisor holds it."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield lock
-    finally:
-        os.close(lock)
-
-
 # ---- the command
 
 
@@ -355,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about, description=about)
-        added.add_argument("folder", metavar="DIR", type=lambda text: Path(text).absolute())
+        added.add_argument("folder", metavar="DIR", type=lambda text: Path(text).resolve())
         return added
 
     start = command("up", "Start a cluster whose every file is in DIR.")
@@ -407,13 +209,13 @@ def _started(folder: Path, facts: dict[str, Any], settings: Settings, seconds: f
 
 def _status(folder: Path) -> int:
     """Print each daemon and node; 0 if all are there."""
-    status, facts, states = ask(folder, "status"), _facts(folder), node_states(folder)
+    status, facts, states = ask(folder, "status"), record(folder), node_states(folder)
     troubled = 0
     for name, pid in status["processes"].items():
         node = name in facts["addresses"]
         state = ("off" if node else "ended") if pid is None else states.get(name, "unknown") if node else "runs"
         state += ", link cut" if name in status["cut"] else ""
-        troubled += state not in ("runs", *_USABLE)
+        troubled += state not in ("runs", *USABLE)
         place = facts["addresses"][name] if node else ""
         print(f"{name:<10} {place:<15} {'-' if pid is None else pid:>8}  {state}")
     print(f"export SLURM_CONF={folder}/slurm.conf")

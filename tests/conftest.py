@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.slurm_cluster"]
+
 Cellhpc = Callable[..., subprocess.CompletedProcess[str]]
 
 

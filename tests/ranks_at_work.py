@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def start_ranks(program: str, size: int, meeting: Path, *words: object, killed: int = -1) -> list[dict[str, Any]]:
-    """Run tests/`program` on `size` ranks and return what each printed behind SAW; one may be killed, and says nothing."""
+    """Run tests/`program` on `size` ranks and return what each printed behind SAW; a `killed` one says nothing."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / program), *map(str, words)],

@@ -2,7 +2,8 @@
 
 Usage: resume_program.py FOLDER whole|interrupted|rest
 
-- `interrupted`: stopped three times, by a rank each; then rank 1 is killed between two checkpoints.
+- `interrupted`: stopped three times, by a rank each; superseded; the disk is full; then rank 1 is killed between two
+  checkpoints.
 - `rest`: new processes do the rest.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -22,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small
 import tensorflow as tf
 
+from cellhpc.attempts import Attempt
+from cellhpc.errors import UserError
 from cellhpc.ranks import RankLost, joined
 from cellhpc.train import Interrupted, Trainer, Watch, train_run
 
@@ -36,8 +40,17 @@ seen: dict[str, object] = {}
 
 
 def die() -> None:
+    (folder / "rank-1.json").write_text(json.dumps(seen))
     (folder / "killed").touch()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def supersede() -> None:
+    Attempt.claim(folder / run.id, run.digest)
+
+
+def fill_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # stands for the disk
 
 
 with joined() as ranks:
@@ -45,19 +58,29 @@ with joined() as ranks:
     if "whole" in parts:
         train_run(trainer, dataclasses.replace(run, id="whole"), folds, folder)
     if "interrupted" in parts:
-        stops = []
-        for rank, steps in ((1, 3), (0, 2), (1, 4)):
-            watch = small.After(steps) if ranks.rank == rank else Watch()
+        seen["ends"] = ends = []
+        for rank, watch in (
+            (1, small.After(2)),
+            (0, small.After(1)),
+            (1, small.After(3)),
+            (0, small.After(1, supersede, 0.0)),
+            (0, small.After(1, fill_disk, 0.0)),
+        ):
+            mine = watch if ranks.rank == rank else Watch()
             try:
-                train_run(trainer, run, folds, folder, watch)
-            except Interrupted:
-                stops.append(watch.steps_done)
-        seen["stops"] = stops
+                train_run(trainer, run, folds, folder, mine)
+            except (Interrupted, UserError) as fault:
+                ends.append([type(fault).__name__, mine.steps_done])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         watch = small.After(2, die, 0.0) if ranks.rank == 1 else Watch(checkpoint_seconds=0.0)
         try:
             train_run(trainer, run, folds, folder, watch)
         except RankLost as fault:
-            seen |= {"lost": str(fault), "seconds": time.time() - (folder / "killed").stat().st_mtime}
+            seen |= {
+                "rank": ranks.rank,
+                "lost": str(fault),
+                "seconds": time.time() - (folder / "killed").stat().st_mtime,
+            }
             print("SAW " + json.dumps(seen), flush=True)
             os._exit(0)
     if "rest" in parts:

@@ -50,7 +50,7 @@ def run(folds: Folds, network: str, fold: int = 0, seed: int = 0, weights: str =
 
 
 class After(Watch):
-    """A watch that does something once, after so many steps of this process; by itself it asks for a stop."""
+    """A watch that acts after so many steps of this process: it asks for a stop, which comes with the next step."""
 
     def __init__(self, steps: int, act: Callable[[], None] | None = None, checkpoint_seconds: float = 600.0) -> None:
         self._after, self._act = steps, act or self.stop

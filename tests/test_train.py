@@ -52,6 +52,19 @@ def trainer() -> Trainer:
     return Trainer(MOBILENET, data, small.SETTINGS, OneRank())
 
 
+@pytest.fixture(scope="module")
+def dropout_trainer() -> Trainer:
+    settings = small.SETTINGS.model_copy(update={"augment": "kensert2019", "schedule": "cosine"})
+    data, _ = small.data(per_compound=4)
+    return Trainer("EfficientNetB0", data, settings, OneRank())
+
+
+@pytest.fixture(params=["trainer", "dropout_trainer"])
+def either(request: pytest.FixtureRequest) -> Trainer:
+    """A network with batch statistics, and one with dropout besides."""
+    return request.getfixturevalue(request.param)
+
+
 def test_a_run_learns_and_predicts_only_what_it_held_out(trainer: Trainer) -> None:
     data, folds = small.data()
     run = small.run(folds, MOBILENET)
@@ -65,14 +78,13 @@ def test_a_run_learns_and_predicts_only_what_it_held_out(trainer: Trainer) -> No
     assert history[-1]["held_out"]["tile"]["total"] == len(predictions)
 
 
-@pytest.mark.parametrize("network", [MOBILENET, "EfficientNetB0"])  # the second has dropout
-def test_packed_runs_are_the_runs_they_would_be_alone(network: str) -> None:
-    data, folds = small.data(per_compound=4)
+def test_packed_runs_are_the_runs_they_would_be_alone(either: Trainer) -> None:
+    _, folds = small.data()
+    network = either.network.text
     second = small.run(folds, network, fold=4, seed=7)
-    shared = Trainer(network, data, small.SETTINGS, OneRank())
-    shared.fit(small.run(folds, network, fold=0), folds)
-    _, packed = shared.fit(second, folds)
-    _, alone = Trainer(network, data, small.SETTINGS, OneRank()).fit(second, folds)
+    either.fit(small.run(folds, network, fold=0), folds)
+    _, packed = either.fit(second, folds)
+    _, alone = Trainer(network, either.data, either.settings, OneRank()).fit(second, folds)
     pd.testing.assert_frame_equal(packed, alone, check_exact=True)
 
 
@@ -104,21 +116,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where() -> None:
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize("network", [MOBILENET, "EfficientNetB0"])  # the second has dropout
-    def test_a_run_that_was_stopped_three_times_is_the_whole_run(
-        self, network: str, trainer: Trainer, tmp_path: Path
-    ) -> None:
-        data, folds = small.data()
-        settings = small.SETTINGS.model_copy(update={"augment": "kensert2019", "schedule": "cosine"})
-        one = Trainer(network, data, settings, OneRank())
+    def test_a_run_that_was_stopped_three_times_is_the_whole_run(self, either: Trainer, tmp_path: Path) -> None:
+        _, folds = small.data()
+        steps = (len(either.data.tiles) * 8 // 9) // either.settings.batch_size
+        network = either.network.text
         run, other = small.run(folds, network), small.run(folds, network, fold=3, seed=5)
-        train_run(one, run, folds, tmp_path / "whole")
-        for steps in (3, 1, 2):  # within an epoch, at its end, within the last one
-            with pytest.raises(Interrupted, match=r"run-0-0 was stopped in epoch \d, after step \d of 4"):
-                train_run(one, run, folds, tmp_path / "parts", small.After(steps))
+        train_run(either, run, folds, tmp_path / "whole")
+        for after in (steps - 2, 0, steps - 2):  # in an epoch, at its end or the next one's begin, in the last one
+            with pytest.raises(Interrupted, match=rf"run-0-0 was stopped in epoch \d, after step \d of {steps}"):
+                train_run(either, run, folds, tmp_path / "parts", small.After(after))
             with pytest.raises(Interrupted):  # another run of this process leaves its traces in the variables
-                train_run(one, other, folds, tmp_path / "parts", small.After(1))
-        train_run(one, run, folds, tmp_path / "parts")
+                train_run(either, other, folds, tmp_path / "parts", small.After(0))
+        train_run(either, run, folds, tmp_path / "parts")
         whole, parts = outputs(tmp_path / "whole" / run.id), outputs(tmp_path / "parts" / run.id)
         same_run(whole, parts)
         record = read_json(parts / "run.json")
@@ -128,19 +137,20 @@ class TestInterruptions:
         assert not (parts / CHECKPOINT).exists()
 
     def test_two_ranks_go_through_stops_and_a_kill(self, tmp_path: Path) -> None:
-        """Rank 1 asks, rank 0 asks, rank 1 asks; then it is killed, and rank 0 must not wait for it."""
-        (seen,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, "whole", "interrupted", killed=1)
-        assert seen["stops"] == [3, 2, 4]
-        assert "lost another of the 2 ranks" in seen["lost"]
-        assert seen["seconds"] < 60
+        """Rank 1, rank 0, rank 1 are told; rank 0 is superseded, can't write; rank 1 is killed: none waits for another."""
+        (first,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, "whole", "interrupted", killed=1)
+        second = read_json(tmp_path / "rank-1.json")
+        told = [["Interrupted", 3], ["Interrupted", 2], ["Interrupted", 4]]
+        assert first["ends"] == [*told, ["Superseded", 1], ["UserError", 1]]
+        assert second["ends"] == [*told, ["Interrupted", 1], ["UserError", 1]]
+        assert "rank 0 lost another of the 2 ranks" in first["lost"]
+        assert first["seconds"] < 60
         unit = tmp_path / small.run(small.data()[1], MOBILENET).id
-        assert sorted(path.name for path in unit.iterdir()) == ["001", "002", "003", "004"]
+        assert (unit / "007" / CHECKPOINT).exists()
         start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest")
         same_run(outputs(tmp_path / "whole"), outputs(unit))
         record = read_json(outputs(unit) / "run.json")
-        assert (record["attempts"], record["interruptions"]) == (5, 4)
-        began = [read_json(unit / "005" / "history.json")["epochs"]]
-        assert len(began[0]) == 3
+        assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
 
     def test_checkpoints_are_written_when_they_are_due(self, trainer: Trainer, tmp_path: Path) -> None:
         _, folds = small.data()
@@ -168,13 +178,13 @@ class TestInterruptions:
         run = small.run(folds, MOBILENET)
         unit = tmp_path / run.id
         train_run(trainer, run, folds, tmp_path / "whole")
-        for steps in (2, 3):
+        for after in (1, 2):
             with pytest.raises(Interrupted):
-                train_run(trainer, run, folds, tmp_path, small.After(steps))
+                train_run(trainer, run, folds, tmp_path, small.After(after))
         torn = unit / "002" / CHECKPOINT
         torn.write_bytes(torn.read_bytes()[:-1000])
         with pytest.raises(Interrupted):
-            train_run(trainer, run, folds, tmp_path, small.After(1))
+            train_run(trainer, run, folds, tmp_path, small.After(0))
         said = capsys.readouterr().out
         assert f"{torn} is skipped: damaged: " in said
         assert f"continued from {unit / '001' / CHECKPOINT}: epoch 1, 2 steps" in said
@@ -196,11 +206,12 @@ class TestInterruptions:
         assert watch.steps_done == 8
         assert read_json(outputs(tmp_path / run.id) / "run.json")["attempts"] == 1
 
-    @pytest.mark.parametrize("after", [2, 7])  # it wakes before the first history, or before its outputs
+    # It wakes before a checkpoint, before a history, before its outputs.
+    @pytest.mark.parametrize(("after", "checkpoint_seconds"), [(2, 0), (2, 600), (8, 600)])
     def test_a_process_that_was_cut_off_overwrites_nothing_of_its_successor(
-        self, after: int, trainer: Trainer, tmp_path: Path
+        self, after: int, checkpoint_seconds: float, trainer: Trainer, tmp_path: Path
     ) -> None:
-        """The successor does the whole run while the first one hangs; that one goes on with numbers that are wrong now."""
+        """The successor does the whole run while the first one hangs, which then goes on, with wrong numbers by now."""
         _, folds = small.data()
         run = small.run(folds, MOBILENET)
         left: dict[Path, bytes] = {}
@@ -221,7 +232,7 @@ class TestInterruptions:
         _, folds = small.data()
         run = small.run(folds, MOBILENET)
         with pytest.raises(Interrupted):
-            train_run(trainer, run, folds, tmp_path, small.After(2))
+            train_run(trainer, run, folds, tmp_path, small.After(1))
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # stands for the disk
         try:

@@ -40,7 +40,8 @@ LOST_SECONDS = 30.0
 CLOSE_SECONDS = 15.0
 """How long the processes may take to end before they are killed."""
 
-_SETTINGS: dict[str, list[str]] = {
+_SETTINGS: dict[str, Any] = {
+    "distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical",
     # What the processes serve by HTTP (facts about tasks, metrics) has no password: nothing of it is served.
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
@@ -175,15 +176,32 @@ async def _work(address: str, security: Security, rank: int, ended: Callable[[],
             while time.monotonic() - answered < LOST_SECONDS:
                 if await asyncio.to_thread(ended):
                     return True
-                with contextlib.suppress(OSError, TimeoutError):
+                try:
                     await asyncio.wait_for(scheduler.identity(n_workers=0), LOST_SECONDS / 3)
                     answered = time.monotonic()
+                except (OSError, TimeoutError):
+                    if await _is_refused(address):
+                        break
                 await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             return await asyncio.to_thread(ended)
         finally:
             await scheduler.close_rpc()
             await crew.end()
             crew.kill()
+
+
+async def _is_refused(address: str) -> bool:
+    """Tell whether a host says that nobody listens at an address: then the process that did has ended."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), LOST_SECONDS / 3)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 class _Crew:
@@ -237,6 +255,7 @@ class _Crew:
                     await nanny
                     await self._watch(nanny)
             finally:
+                self._processes.add(nanny.pid)
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(nanny.close(timeout=CLOSE_SECONDS / 3), CLOSE_SECONDS)
             await asyncio.sleep(min(1.0 + life, RESTART_SECONDS))

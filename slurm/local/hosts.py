@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,17 @@ class Network:
 def subnet_is_free(subnet: str) -> bool:
     """Tell whether this machine has no route into the subnet."""
     return not _run("ip", "-4", "route", "show", "root", f"{subnet}.0/24")
+
+
+def port_is_free(port: int) -> bool:
+    """Tell whether no program of this machine listens on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def remove_link(name: str) -> None:

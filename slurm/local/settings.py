@@ -143,6 +143,7 @@ def write_files(folder: Path, settings: Settings, addresses: Addresses, machine:
     facts = {"folder": folder, "account": account, "head": addresses.head, "host": addresses.host}
     facts |= {"port": addresses.port, "slurmd_port": addresses.port + 1, "database_port": addresses.port + 2}
     facts |= {"per_cpu": max(1, settings.memory_mb // settings.cpus)}
+    facts |= {"message_timeout": max(3, min(10, settings.slurmd_timeout))}
     facts = {**vars(settings), **facts}
     parts = [_SLURM.format(**facts)]
     if settings.memory_limit:
@@ -216,7 +217,8 @@ JobRequeue=1
 SlurmctldTimeout=30
 SlurmdTimeout={slurmd_timeout}
 BatchStartTimeout=20
-MessageTimeout=10
+# a node is lost after about 3 of these, whatever SlurmdTimeout is
+MessageTimeout={message_timeout}
 KillWait={kill_wait}
 MinJobAge=300
 MaxArraySize={max_array_size}

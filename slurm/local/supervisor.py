@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from cellhpc.errors import UserError
-from slurm.local.hosts import Network, adopt_orphans, kill_writers, remove_link, spawn, subnet_is_free, wait_until
+from slurm.local.hosts import (
+    Network,
+    adopt_orphans,
+    kill_writers,
+    port_is_free,
+    remove_link,
+    spawn,
+    subnet_is_free,
+    wait_until,
+)
 from slurm.local.settings import FIRST_PORT, LAST_PORT, PORTS, Addresses, Settings, write_files
 
 RECORD, SOCKET, LOCK = "cluster.json", "control.sock", "lock"
@@ -26,6 +35,8 @@ DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
 """In the order of their start."""
 OURS = ("state", "log", "private")
 """Folders of a cluster within its own."""
+UP = "up"
+"""What a supervisor says when the start is done; anything else is why it failed."""
 _STDIN = 0
 
 
@@ -76,7 +87,7 @@ class Supervisor:
                 addresses = self._one_host(port) if self.settings.one_host else Addresses.of_hosts(port)
                 if addresses.subnet and subnet_is_free(addresses.subnet):
                     return addresses, claim
-                if not addresses.subnet and all(map(_is_free, addresses.needed(self.settings.names))):
+                if not addresses.subnet and all(map(port_is_free, addresses.needed(self.settings.names))):
                     return addresses, claim
             claim.close()
         tried = f"--port {self.settings.port}" if self.settings.port else f"the ports {FIRST_PORT} to {LAST_PORT}"
@@ -216,8 +227,11 @@ class Supervisor:
 
     # ---- while it is up
 
-    def serve(self) -> None:
-        """Carry out what clients ask for on the control socket, until one asks for the end, or a signal does."""
+    def serve(self, ready: Callable[[], None]) -> None:
+        """Carry out what clients ask for on the control socket, until one asks for the end, or a signal does.
+
+        `ready` is called as soon as they can ask.
+        """
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             selector = stack.enter_context(selectors.DefaultSelector())
@@ -229,14 +243,15 @@ class Supervisor:
             selector.register(waker, selectors.EVENT_READ)
             if stat.S_ISFIFO(os.fstat(_STDIN).st_mode):
                 selector.register(_STDIN, selectors.EVENT_READ)
+            ready()
             while not ended and not self._stopping:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if _STDIN in ready:
+                sources = [key.fileobj for key, _ in selector.select()]
+                if _STDIN in sources:
                     return
-                if waker in ready:
+                if waker in sources:
                     waker.recv(4096)
                 self._reap()
-                if listener in ready:
+                if listener in sources:
                     with listener.accept()[0] as client, client.makefile("rw") as line:
                         self._answer(line)
 
@@ -323,13 +338,15 @@ class Supervisor:
         sweep(self.folder)
 
     def _cancel_jobs(self) -> None:
-        """Give the jobs time to end by themselves."""
+        """Cancel all jobs, and give those on nodes that are on the time to end by themselves."""
         jobs = set(self._ask("squeue", "-ho%F").split())
+        nodes = ",".join(name for name in self.settings.names if self._runs(name) and name not in self.cut)
         if jobs:
             self._ask("scancel", *jobs)
+        if jobs and nodes:
             with contextlib.suppress(UserError):
                 seconds = self.settings.kill_wait + 5.0
-                wait_until("no job is left", lambda: not self._ask("squeue", "-ho%F").split(), seconds)
+                wait_until("no job is left", lambda: not self._ask("squeue", "-ho%F", "-w", nodes).split(), seconds)
 
 
 @contextlib.contextmanager
@@ -349,16 +366,6 @@ def _woken_by_signals() -> Iterator[tuple[socket.socket, list[int]]]:
         signal.set_wakeup_fd(-1)
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
 def _account() -> str:
     return pwd.getpwuid(os.geteuid()).pw_name
 
@@ -374,6 +381,7 @@ def main() -> None:
     The standard input is the life line: where it is a pipe, its end is the cluster's.
     """
     folder, outcome = Path(sys.argv[1]), int(sys.argv[3])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was told to end"))
     adopt_orphans()
     supervisor = None
     try:
@@ -382,14 +390,18 @@ def main() -> None:
     except BaseException as fault:
         if supervisor is not None:
             supervisor.stop()
-        os.write(outcome, f"{fault}".encode())
+        _tell(outcome, str(fault))
         if not isinstance(fault, UserError):
             raise
         sys.exit(1)
-    os.write(outcome, b"up")
-    os.close(outcome)
-    supervisor.serve()
+    supervisor.serve(lambda: _tell(outcome, UP))
     supervisor.stop()
+
+
+def _tell(outcome: int, words: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        os.write(outcome, words.encode())
+    os.close(outcome)
 
 
 if __name__ == "__main__":

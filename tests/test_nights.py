@@ -1,0 +1,256 @@
+"""Nights that go wrong, on a real Slurm cluster: whatever happens, the study comes to the same predictions.
+
+Each test is a line of the table in slurm/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from cellhpc.attempts import finished, newest
+from cellhpc.ledger import read_json
+from slurm.cluster import LocalCluster
+from tests.night import SCREEN, Night, here, same, until
+from tests.slurm_cluster import require_slurm, submit, wait_for_job
+
+EPOCHS = 10
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory, cellhpc) -> Path:  # type: ignore[no-untyped-def]
+    """A synthetic screen of four compounds."""
+    require_slurm()
+    folder = tmp_path_factory.mktemp("screen") / "raw"
+    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
+    made = cellhpc("synth", "bbbc021", folder, "--preset", "demo", *words)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that all studies share; the first one converts into it."""
+    return tmp_path_factory.mktemp("shared") / "store"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, raw: Path, store: Path) -> dict[int, dict[str, pd.DataFrame]]:
+    """Predictions of the study on one and on two ranks, without Slurm and without faults."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {ranks: here(folder / str(ranks), raw, store, ranks, EPOCHS) for ranks in (1, 2)}
+
+
+def test_a_training_that_is_told_to_stop_goes_on_where_it_was(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    """Time limit, preemption and `scancel --signal` are this signal; `scontrol requeue` is SIGTERM."""
+    night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
+    night.submit()
+    name, first = night.run_at_work(epoch=2)
+    whole_cluster.run("scancel", "--signal=USR2", first["job"], check=True)
+    name, second = night.run_at_work(epoch=3, but=first["folder"])
+    whole_cluster.run("scontrol", "requeue", second["job"], check=True)
+    night.until_done()
+    same(night.predictions(), undisturbed[1])
+    record = read_json(finished(night.study / "runs" / name) / "run.json")
+    assert record["attempts"] >= 2
+    assert night.ends().count("checkpointed") >= 1
+
+
+def test_a_job_of_a_higher_partition_goes_first_and_nothing_is_lost(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
+    night.submit()
+    night.run_at_work(epoch=2)
+    other = whole_cluster.run(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-N3",
+        "--exclusive",
+        f"--chdir={tmp_path}",
+        "--wrap",
+        "sleep 1",
+        check=True,
+    ).stdout.strip()
+    until("it ended", lambda: other not in whole_cluster.run("squeue", "-h", "-o", "%i").stdout.split(), 60)
+    night.until_done()
+    same(night.predictions(), undisturbed[1])
+    assert "checkpointed" in night.ends()
+
+
+def test_a_rank_that_is_killed_ends_its_run_within_a_minute_and_it_is_started_anew(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    night = Night(whole_cluster, tmp_path, raw, store, ranks=2, epochs=EPOCHS)
+    night.submit(train={"nodes": 2})
+    night.run_at_work(epoch=2)
+    killed_at = time.monotonic()
+    ranks = [process for process in psutil.process_iter(["cmdline", "environ"]) if _is_rank(process, night, "1")]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    until("it crashed", lambda: "crashed" in night.ends(), 60, night.last_words)
+    assert time.monotonic() - killed_at < 60
+    night.until_done()
+    same(night.predictions(), undisturbed[2])
+
+
+def test_a_node_without_power_is_replaced(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    """Two ranks on two of three nodes: the third takes over."""
+    night = Night(whole_cluster, tmp_path, raw, store, ranks=2, epochs=EPOCHS)
+    night.submit(train={"nodes": 2})
+    _, attempt = night.run_at_work(epoch=2)
+    whole_cluster.kill_node(attempt["host"])
+    _, after = night.run_at_work(epoch=2, but=attempt["folder"], seconds=180)
+    assert after["attempt"] != attempt["attempt"]
+    night.until_done()
+    same(night.predictions(), undisturbed[2])
+
+
+def test_a_node_that_is_cut_off_can_not_overwrite_what_its_successor_writes(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    """One rank goes on behind the cut, with the study's folder in sight, while Slurm starts it anew elsewhere."""
+    night = Night(whole_cluster, tmp_path, raw, store, epochs=60)
+    night.submit()
+    name, attempt = night.run_at_work(epoch=2)
+    whole_cluster.cut(attempt["host"])
+    before = Path(attempt["folder"])
+    unit = night.study / "runs" / name
+    until("it was started anew", lambda: newest(unit) not in (before, None), 120, night.last_words)
+    until("the one that was cut off ended", lambda: not psutil.pid_exists(_pid(night, attempt)), 60, night.last_words)
+    whole_cluster.mend(attempt["host"])
+    night.until_done()
+    record = read_json(unit / "done.json")
+    assert record["attempt"] != before.name
+    assert not before.exists()
+    same(night.predictions(), here(tmp_path / "here", raw, store, 1, 60))
+
+
+def test_slurmctld_may_die_and_come_back(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
+    night.submit()
+    night.run_at_work(epoch=1)
+    time.sleep(6)  # Slurm itself forgets jobs that are younger when it is killed
+    whole_cluster.kill_daemon("slurmctld")
+    said = night.cellhpc("status", night.study)
+    assert "Slurm's queue could not be asked" in said.stdout
+    assert said.returncode == 1
+    whole_cluster.start_daemon("slurmctld")
+    night.until_done()
+    same(night.predictions(), undisturbed[1])
+
+
+def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
+    night.submit("run", "--set", "sweep.runs_per_job=2", train={"throttle": 1})
+    until("a run is done", lambda: len(night.predictions()) >= 1, 120, night.last_words)
+    night.run_at_work(epoch=1)
+    again = night.cellhpc("resume", night.study)
+    assert "Nothing is to be submitted" in again.stdout, again.stdout + again.stderr
+    said = night.cellhpc("cancel", night.study)
+    assert said.returncode == 0, said.stderr
+    status = night.until_quiet()
+    states = {run["run"]: run["state"] for run in status["runs"]}
+    done = [name for name, state in states.items() if state == "done"]
+    assert 1 <= len(done) < 4
+    assert set(states.values()) <= {"done", "stopped", "missing"}
+    assert "stopped" in states.values()
+    kept = {name: read_json(night.study / "runs" / name / "done.json") for name in done}
+    resumed = night.cellhpc("resume", night.study)
+    assert resumed.returncode == 0, resumed.stderr
+    tasks = read_json(night.study / "jobs" / "0002" / "tasks.json")
+    assert sum(len(task["runs"]) for task in tasks.values()) == 4 - len(done)
+    night.until_done()
+    assert {name: read_json(night.study / "runs" / name / "done.json") for name in done} == kept
+    same(night.predictions(), undisturbed[1])
+    assert "Nothing is to be submitted" in night.cellhpc("resume", night.study).stdout
+
+
+def test_a_bug_in_one_run_fails_that_run_with_its_reason_and_no_other(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+) -> None:
+    """The weights of one initialisation are damaged; what is left of the task is done on two ranks all the same."""
+    night = Night(whole_cluster, tmp_path, raw, store, ranks=2, epochs=EPOCHS)
+    (tmp_path / "damaged.h5").write_bytes(b"not weights")
+    weights = f'sweep.weights=["{tmp_path}/damaged.h5", "xavier"]'
+    folds = "screen.compounds=[]"
+    night.submit("run", "--set", weights, "--set", folds, train={"nodes": 2, "restarts": 0})
+    status = night.until_quiet()
+    failed = [run for run in status["runs"] if run["state"] == "failed"]
+    assert failed
+    assert all("damaged" in run["run"] for run in failed)
+    assert all("damaged.h5" in run["reason"] for run in failed), failed
+    assert not status["complete"]
+    assert "damaged.h5" in night.cellhpc("status", night.study).stdout
+
+
+def test_a_job_that_needs_more_memory_than_it_has_fails_with_that_reason(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, object]
+) -> None:
+    with LocalCluster(tmp_path_factory.mktemp("strict"), nodes=1, cpus=2, memory_limit=True) as cluster:
+        night = Night(cluster, tmp_path, raw, store, epochs=EPOCHS)
+        night.submit(train={"memory_gb": 0.3, "restarts": 0})
+        status = night.until_quiet()
+        reasons = {run["reason"] for run in status["runs"] if run["state"] in ("failed", "missing")}
+        assert reasons
+        assert all("memory" in reason.lower() for reason in reasons), (reasons, night.last_words())
+        night.submit("run", train={"memory_gb": 4})
+        night.until_done()
+
+
+def test_a_full_disk_fails_the_run_with_that_reason_and_leaves_what_was_good(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, object]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(disk)], check=True)
+    try:
+        with LocalCluster(tmp_path_factory.mktemp("full"), nodes=1, cpus=2) as cluster:
+            night = Night(cluster, disk, raw, store, epochs=EPOCHS)
+            night.submit(train={"restarts": 0})
+            status = night.until_quiet()
+            states = {run["state"] for run in status["runs"]}
+            assert states <= {"failed", "missing"}
+            assert "No space left on device" in json.dumps(status), (status, night.last_words())
+            subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+            subprocess.run(["nsenter", "-t", str(cluster.processes()["n1"]), "-m", "mount", "-o", "remount,size=200m",
+                            str(disk)], check=True)  # fmt: skip
+            assert night.cellhpc("resume", night.study).returncode == 0
+            night.until_done()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def _is_rank(process: psutil.Process, night: Night, rank: str) -> bool:
+    """Tell whether a process is this rank of a study's training."""
+    words = process.info["cmdline"] or []
+    if "submitit.core._submit" not in words or not any(str(night.study) in word for word in words):
+        return False
+    environment = process.info["environ"] or {}
+    return environment.get("SLURM_PROCID") == rank and environment.get("SLURM_JOB_NAME") == "night-train"
+
+
+def _pid(night: Night, attempt: dict[str, str]) -> int:
+    """Process id, as this machine sees it, of the rank that made an attempt."""
+    restart = attempt["attempt"].split("-")[1]
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        environment = process.info["environ"] or {}
+        if _is_rank(process, night, "0") and environment.get("SLURM_RESTART_COUNT", "0") == restart:
+            return process.pid
+    return 2**22 + 1  # it has ended
