@@ -34,6 +34,7 @@ tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.experimental.enable_op_determinism()
 data, folds = small.data()
 settings = small.SETTINGS.model_copy(update={"epochs": 3, "augment": "rotations"})
+LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 NETWORK = "MobileNet(alpha=0.25)"
 run = small.run(folds, NETWORK)
 seen: dict[str, object] = {}
@@ -50,7 +51,7 @@ def supersede() -> None:
 
 
 def fill_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # stands for the disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, LIMIT[1]))  # stands for the disk
 
 
 with joined() as ranks:
@@ -71,7 +72,7 @@ with joined() as ranks:
                 train_run(trainer, run, folds, folder, mine)
             except (Interrupted, UserError) as fault:
                 ends.append([type(fault).__name__, mine.steps_done])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMIT)
         watch = small.After(2, die, 0.0) if ranks.rank == 1 else Watch(checkpoint_seconds=0.0)
         try:
             train_run(trainer, run, folds, folder, watch)

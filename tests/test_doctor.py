@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from cellhpc.cli import cli
 from cellhpc.diagnosis import Check, Diagnosis, Probe, judge
 from cellhpc.doctor import diagnose, plan_probes, small
 from cellhpc.examine import facts
@@ -60,7 +62,7 @@ def examine(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
-    cellhpc: Cellhpc, cluster: LocalCluster, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site.toml"
     site.write_text(
@@ -72,10 +74,11 @@ def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
         scratch = {{folder = "{tmp_path}/scratch/$SLURM_JOB_ID"}}
         """
     )
-    done = cellhpc("doctor", "--site", site, "--folder", tmp_path, "--json", "--wait", "300", **cluster.env)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner(env=cluster.env).invoke(cli, ["doctor", "--site", str(site), "--json", "--wait", "300"])
     found = json.loads(done.stdout)
     troubled = [line for line in found["checks"] if line["state"] == "failed"]
-    assert (done.returncode, found["ready"], troubled) == (0, True, []), done.stdout + done.stderr
+    assert (done.exit_code, found["ready"], troubled) == (0, True, []), done.stdout + done.stderr
     of = {(line["where"], line["check"]): line["found"] for line in found["checks"]}
     both = "debug (convert, train)"
     assert {where for where, _ in of} == {"", both, "high (aggregate)"}
@@ -146,7 +149,7 @@ def test_more_than_the_cluster_has_is_refused_by_slurm_before_a_job_is(examine: 
     assert lines["convert's jobs"].state == "failed"
     assert "Requested node configuration is not available (nodes there: 3 idle)" in lines["convert's jobs"].found
     assert "memory_gb" in lines["convert's jobs"].remedy
-    assert lines["train's jobs"].found == "would be taken, nodes n[1-2] in partition debug"
+    assert lines["train's jobs"].found == "would be taken, on nodes n[1-2] in partition debug"
 
 
 def test_nodes_that_can_not_be_used_are_told_in_time_and_the_job_is_cancelled(
@@ -183,7 +186,8 @@ def test_a_folder_that_nodes_do_not_see_is_told(cluster: LocalCluster, tmp_path:
     site, hidden = tmp_path / "site.toml", tmp_path / "hidden"
     hidden.mkdir()
     site.write_text("train = {memory_gb = 1}\n")
-    command = f"mount -t tmpfs none {hidden} && exec {sys.executable} -m cellhpc.cli doctor --site {site} --folder {hidden} --json"
+    doctor = f"{sys.executable} -m cellhpc.cli doctor --site {site} --folder {hidden} --json"
+    command = f"mount -t tmpfs none {hidden} && exec {doctor}"
     words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", command]
     done = subprocess.run(words, env={**os.environ, **cluster.env}, capture_output=True, text=True, check=False)
     (line,) = [line for line in json.loads(done.stdout)["checks"] if line["check"] == "job"]
@@ -261,7 +265,7 @@ def probe_of(**changes: Any) -> Probe:
             "time": time.time(),
             "facts": copy.deepcopy(HERE),
             "folder": {"token": "t", "owner": HERE["uid"], "mode": 0o600},
-            "scratch": {"folder": "/tmp", "free_gb": 100.0},
+            "scratch": {"folder": "/local", "free_gb": 100.0},
             "TensorFlow": {"version": "2.18.1", "devices": ["CPU"], "cuda": False},
             "Horovod": {"version": "0.28.1", "built": ["gloo"]},
             "rendezvous": {
@@ -292,7 +296,7 @@ def test_answers_of_a_healthy_cluster_are_all_ok() -> None:
         ({"facts": {"python": "3.9.2"}}, "Python", "failed", "n2: 3.9.2 there", "slurm.python"),
         ({"facts": {"cellhpc": "0.0.9"}}, "cellhpc", "failed", "0.0.9 there", "Install the same"),
         ({"facts": {"sources": "other"}}, "cellhpc", "warning", "different commits", "Install the same"),
-        ({"facts": {"packages": {**HERE["packages"], "numpy": "9"}}}, "packages", "warning", "numpy 9 there", "uv.lock"),
+        ({"facts": {"packages": {**HERE["packages"], "numpy": "9"}}}, "packages", "warning", "numpy 9 there", "lock"),
         ({"folder": {"token": "another"}}, "shared folder", "failed", "another text", "--folder"),
         ({"folder": {"owner": 65534}}, "shared folder", "failed", "65534", "user ids"),
         ({"folder": {"mode": 0o644}}, "shared folder", "failed", "0644", "umask"),
@@ -339,7 +343,8 @@ def test_a_clock_that_is_off_is_a_warning() -> None:
         ({"requeue": False}, "failed", "Requeue=0"),
         ({"scontrol": "bash: scontrol: command not found"}, "failed", "no scontrol"),
         ({"end": End(0.0, "n1", "7-0", 0, "checkpointed"), "error": "slurm_requeue error: denied"}, "failed", "denied"),
-        ({"end": End(0.0, "n1", "7-0", 0, "checkpointed"), "over": False, "state": JobState("7", "PENDING", "BeginTime")},
+        ({"end": End(0.0, "n1", "7-0", 0, "checkpointed"), "over": False,
+          "state": JobState("7", "PENDING", "BeginTime")},
          "warning", "BeginTime"),
     ],
 )  # fmt: skip

@@ -70,19 +70,8 @@ def test_a_job_of_a_higher_partition_goes_first_and_nothing_is_lost(
     night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
     night.submit()
     night.run_at_work(epoch=2)
-    other = whole_cluster.run(
-        "sbatch",
-        "--parsable",
-        "-p",
-        "high",
-        "-N3",
-        "--exclusive",
-        f"--chdir={tmp_path}",
-        "--wrap",
-        "sleep 1",
-        check=True,
-    ).stdout.strip()
-    until("it ended", lambda: other not in whole_cluster.run("squeue", "-h", "-o", "%i").stdout.split(), 60)
+    other = submit(whole_cluster, "sleep 1", "--partition=high", "--nodes=3", "--exclusive")
+    wait_for_job(whole_cluster, other, "COMPLETED")
     night.until_done()
     same(night.predictions(), undisturbed[1])
     assert "checkpointed" in night.ends()
@@ -158,7 +147,7 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
 ) -> None:
     night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
-    night.submit("run", "--set", "sweep.runs_per_job=2", train={"throttle": 1})
+    night.submit("run", "--set", "sweep.runs_per_job=2", train={})
     until("a run is done", lambda: len(night.predictions()) >= 1, 120, night.last_words)
     night.run_at_work(epoch=1)
     again = night.cellhpc("resume", night.study)

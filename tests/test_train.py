@@ -137,7 +137,7 @@ class TestInterruptions:
         assert not (parts / CHECKPOINT).exists()
 
     def test_two_ranks_go_through_stops_and_a_kill(self, tmp_path: Path) -> None:
-        """Rank 1, rank 0, rank 1 are told; rank 0 is superseded, can't write; rank 1 is killed: none waits for another."""
+        """Ranks 1, 0, 1 are told; rank 0 is superseded, then can't write; rank 1 is killed: none waits for another."""
         (first,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, "whole", "interrupted", killed=1)
         second = read_json(tmp_path / "rank-1.json")
         told = [["Interrupted", 3], ["Interrupted", 2], ["Interrupted", 4]]
