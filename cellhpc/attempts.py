@@ -25,12 +25,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from cellhpc import ledger
 from cellhpc.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FAILED = "failed.json"
 """Why the last attempt at a unit failed; beside the attempts' folders."""

@@ -186,7 +186,8 @@ def _start(probe: Probe, site: Site, waited_s: float) -> Check:
         return Check("job", f"{where} ended while it looked at: {doing}: {probe.error}", "failed", _after(doing, site))
     if probe.end is not None and probe.end.how == "crashed":
         found = f"{where}: Python did not begin (exit code {probe.end.code}): {probe.error}"
-        return Check("job", found, "failed", _python_remedy(site))
+        other = "No module named 'cellhpc" in probe.error
+        return Check("job", found, "failed", _same(site) if other else _python_remedy(site))
     state = probe.state or JobState(probe.job, "ended, Slurm has forgotten how")
     told = state.state.lower() + (f" ({state.reason})" if state.reason not in ("", "None") else "")
     if state.reason == "JobLaunchFailure" or state.exit_code == "0:53":
@@ -222,6 +223,10 @@ def _python_remedy(site: Site) -> str:
     if site.container is not None:
         return "Correct container.image, container.runtime (a path, or a module in slurm.modules) or container.python."
     return "Name a Python 3.11 that has cellhpc and that the nodes see, in slurm.python, or load it by slurm.modules."
+
+
+def _same(site: Site) -> str:
+    return "Build the container anew." if site.container else "Install the same cellhpc on both sides."
 
 
 def _shared_folder(answer: dict[str, Any], here: dict[str, Any], token: str, site: Site) -> Check:
@@ -269,7 +274,7 @@ def _python(answer: dict[str, Any], here: dict[str, Any], site: Site) -> Check:
 
 
 def _cellhpc(answer: dict[str, Any], here: dict[str, Any], site: Site) -> Check:
-    there, same = answer["facts"], "Build the container anew." if site.container else "Install the same on both sides."
+    there, same = answer["facts"], _same(site)
     if there["cellhpc"] != here["cellhpc"]:
         return Check("cellhpc", f"{there['cellhpc']} there, {here['cellhpc']} here", "failed", same)
     if fault := answer.get("cellhpc's own modules", {}).get("error"):

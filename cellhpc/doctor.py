@@ -77,7 +77,7 @@ def diagnose(site: Site, folder: Path, wait_s: float, say: Say = lambda _: None)
         checks = _cluster()
     except NotAnswered as fault:
         remedy = "Type this on a login node, where `sinfo` answers."
-        return Diagnosis((Check("Slurm", str(fault), "failed", remedy),))
+        return Diagnosis((Check("Slurm", str(fault).partition(". ")[0], "failed", remedy),))
     visit = _Visit(site, _work_folder(folder), image)
     checks += visit.tests()
     try:

@@ -20,11 +20,12 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from cellhpc.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DONE = "done.json"
 

@@ -12,11 +12,12 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
 from cellhpc.ledger import done_digest, is_done
 from cellhpc.networks import check, input_channels
+from cellhpc.record import is_store
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
 from cellhpc.study import StudyFolder
 from cellhpc.sweep import Run, plan_runs, tile_sizes_px
-from cellhpc.tiles import Store, is_store
+from cellhpc.tiles import Store
 
 STAGES = ("convert", "train", "aggregate")
 FILES_OF_A_RUN = 5

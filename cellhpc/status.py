@@ -19,12 +19,12 @@ from cellhpc.attempts import FAILED, newest
 from cellhpc.errors import UsageError
 from cellhpc.folds import read_folds
 from cellhpc.ledger import done_digest, read_json
+from cellhpc.record import content_digest, is_store, read_record
 from cellhpc.settings import Job, parse_job
 from cellhpc.slurm import JobState, NotAnswered
 from cellhpc.study import StudyFolder
 from cellhpc.submission import LOGS, Submission, ends, submissions
 from cellhpc.sweep import plan_runs
-from cellhpc.tiles import Store, is_store
 
 STATES = ("done", "running", "waiting", "failed", "stopped", "stale", "missing")
 """Of a run: finished; being trained; queued, or later in a task that runs; ended with a reason; stopped with a
@@ -207,7 +207,7 @@ def look(study: StudyFolder, job: Job) -> Status:
         live = Live()
         notes.append(f"Slurm's queue could not be asked ({fault}): what waits or runs is not known.")
     store = study.store(job)
-    content = Store.open(store).content_digest if is_store(store) else ""
+    content = content_digest(read_record(store)) if is_store(store) else ""
     runs = plan_runs(job, read_folds(study.folds), content) if study.folds.exists() else []
     state_of = {run.id: done_digest(study.runs / run.id) for run in runs}
     unfinished = [run.id for run in runs if state_of[run.id] != run.digest]

@@ -10,14 +10,10 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from cellhpc.convert.plan import ARRAYS, STORE, content_digest
+from cellhpc.convert.plan import ARRAYS
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import read_json
-
-
-def is_store(folder: Path) -> bool:
-    """Tell whether a store that was finished once lies in a folder."""
-    return (folder / STORE).is_file()
+from cellhpc.record import STORE, content_digest
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Rank 0 leaves a marker in the attempt's folder. Without one the task has crashed
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import signal
@@ -165,7 +166,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
         for tile_px, of_size in groupby(group.to_do(runs), key=lambda run: run.tile_px):
             data = load_data(store, folds, tile_px)
             for network, own in groupby(of_size, key=lambda run: run.network):
-                group.train(lambda network=network, data=data: Trainer(network, data, job.train, ranks), own)
+                group.train(functools.partial(Trainer, network, data, job.train, ranks), own)
         if group.failed and ranks.rank == 0:
             print(f"cellhpc: {len(group.failed)} run(s) failed: {', '.join(group.failed)}", flush=True)
         return group.failed

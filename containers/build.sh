@@ -79,7 +79,7 @@ if [ -n "$certificates" ]; then
     cp "$certificates" "$build/certificates"
     echo 'export SSL_CERT_FILE=/build/certificates' >> "$build/environment"
 fi
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$checkout/pyproject.toml")
+version=$(sed -n '/^version = /{s/.*"\(.*\)"/\1/p;q}' "$checkout/pyproject.toml")
 commit=$(git -C "$checkout" rev-parse HEAD 2> /dev/null || echo unknown)
 [ "$commit" = unknown ] || [ -z "$(git -C "$checkout" status --porcelain -- "${sources[@]}")" ] || commit+=-dirty
 

@@ -185,6 +185,9 @@ def test_the_image_passes_its_own_test(apptainer: str, image: Path) -> None:
     said(apptainer, "test", image)
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert said(apptainer, "run", image, "--version") == f"cellhpc, version {version}\n"
+    labels = json.loads(said(apptainer, "inspect", "--json", image))["data"]["attributes"]["labels"]
+    assert labels["org.opencontainers.image.version"] == version
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", labels["org.opencontainers.image.revision"])
 
 
 def test_the_image_holds_what_is_locked(apptainer: str, image: Path) -> None:

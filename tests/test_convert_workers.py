@@ -187,6 +187,9 @@ def test_rank_0_is_killed_all_end_and_the_next_attempt_does_what_is_missing(
         wait_until(lambda: len(ranks.markers()) > 2, 120)
         orphans = ranks.workers(0) + ranks.workers(1)
         ranks.processes[0].kill()
+        for worker in orphans:
+            with contextlib.suppress(psutil.Error):
+                worker.resume()
         code, said = ranks.end(1, 60)
         assert (code, "does not answer any more; rank 1 ends" in said) == (0, True)
         wait_until(lambda: not any(worker.is_running() for worker in orphans), 10)

@@ -70,7 +70,7 @@ def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
         slurm = {{partition = "debug"}}
         convert = {{memory_gb = 2}}
         train = {{nodes = 3, memory_gb = 2}}
-        aggregate = {{memory_gb = 2, partition = "high"}}
+        aggregate = {{memory_gb = 2}}
         scratch = {{folder = "{tmp_path}/scratch/$SLURM_JOB_ID"}}
         """
     )
@@ -80,23 +80,21 @@ def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
     troubled = [line for line in found["checks"] if line["state"] == "failed"]
     assert (done.exit_code, found["ready"], troubled) == (0, True, []), done.stdout + done.stderr
     of = {(line["where"], line["check"]): line["found"] for line in found["checks"]}
-    both = "debug (convert, train)"
-    assert {where for where, _ in of} == {"", both, "high (aggregate)"}
+    there = "debug (convert, train, aggregate)"
+    assert {where for where, _ in of} == {"", there}
     version = cluster.run("sinfo", "--version").stdout.split()[1]
     assert of["", "Slurm"] == version
     assert of["", "accounting"].startswith("none: status and resume work without it; how jobs ended is known for 300 s")
     assert of["", "MaxArraySize"].startswith("1,001")
     assert "nodes n[1-3]" in of["", "train's jobs"]
-    assert " on n1, n2, " in of[both, "job"]
-    assert of[both, "rendezvous"].endswith(f"to {cluster.addresses['n1']}, the mean of 2 ranks is right")
-    assert of[both, "requeue"] == "queued again and started again"
-    assert of[both, "TensorFlow"].endswith("CPU")
-    assert "gloo" in of[both, "Horovod"]
-    for where in (both, "high (aggregate)"):
-        assert of[where, "shared folder"].startswith("read and written, files 0600")
-        assert of[where, "scratch"].startswith(f"{tmp_path}/scratch/")
-        assert of[where, "Python"] == ".".join(map(str, sys.version_info[:3]))
-    assert ("high (aggregate)", "TensorFlow") not in of
+    assert " on n1, n2, " in of[there, "job"]
+    assert of[there, "rendezvous"].endswith(f"to {cluster.addresses['n1']}, the mean of 2 ranks is right")
+    assert of[there, "requeue"] == "queued again and started again"
+    assert of[there, "TensorFlow"].endswith("CPU")
+    assert "gloo" in of[there, "Horovod"]
+    assert of[there, "shared folder"].startswith("read and written, files 0600")
+    assert of[there, "scratch"].startswith(f"{tmp_path}/scratch/")
+    assert of[there, "Python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["logs"] is None
     assert not list(tmp_path.glob("cellhpc-doctor-*"))
     assert queue(cluster) == []
@@ -117,11 +115,14 @@ def test_a_partition_that_is_not_there_is_named_with_those_that_are(examine: Exa
 
 def test_a_python_that_nodes_do_not_have_is_told_with_what_the_node_said(examine: Examine) -> None:
     began = time.monotonic()
-    line = lines_of(examine(slurm={"python": "/absent/python"}, train={"nodes": 2}))["job"]
-    assert line.state == "failed"
-    assert "Python did not begin" in line.found
-    assert "/absent/python: No such file or directory" in line.found
-    assert "slurm.python" in line.remedy
+    found = examine(slurm={"python": "/absent/python"}, train={"nodes": 2, "partition": "high"})
+    jobs = [line for line in found.checks if line.check == "job"]
+    assert [line.where for line in jobs] == ["debug (convert, aggregate)", "high (train)"]
+    for line in jobs:
+        assert line.state == "failed"
+        assert "Python did not begin" in line.found
+        assert "/absent/python: No such file or directory" in line.found
+        assert "slurm.python" in line.remedy
     assert time.monotonic() - began < 30
 
 
@@ -181,40 +182,43 @@ def test_a_job_that_slurm_would_never_start_is_not_waited_for(examine: Examine, 
     assert "nodes" in line.remedy
 
 
-def test_a_folder_that_nodes_do_not_see_is_told(cluster: LocalCluster, tmp_path: Path) -> None:
-    # A file system of its own below the folder, for this command only: the nodes go on seeing what is under it.
-    site, hidden = tmp_path / "site.toml", tmp_path / "hidden"
-    hidden.mkdir()
-    site.write_text("train = {memory_gb = 1}\n")
-    doctor = f"{sys.executable} -m cellhpc.cli doctor --site {site} --folder {hidden} --json"
-    command = f"mount -t tmpfs none {hidden} && exec {doctor}"
-    words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", command]
-    done = subprocess.run(words, env={**os.environ, **cluster.env}, capture_output=True, text=True, check=False)
-    (line,) = [line for line in json.loads(done.stdout)["checks"] if line["check"] == "job"]
-    assert (done.returncode, line["state"]) == (1, "failed"), line
-    assert "it could not begin its log" in line["found"]
-    assert "--folder DIR" in line["remedy"]
+def test_a_folder_that_nodes_do_not_see_is_told(examine: Examine, cluster: LocalCluster, tmp_path: Path) -> None:
+    # Each node gets a file system of its own in the place of the folder.
+    hosts = [["nsenter", "--mount", "--target", str(cluster.processes()[name])] for name in cluster.nodes]
+    for inside in hosts:
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+    try:
+        line = lines_of(examine())["job"]
+    finally:
+        for inside in hosts:
+            subprocess.run([*inside, "umount", str(tmp_path)], check=True)
+    assert line.state == "failed"
+    assert "it could not begin its log" in line.found
+    assert "--folder DIR" in line.remedy
 
 
-def test_a_doctor_that_is_stopped_cancels_its_jobs(whole_cluster: LocalCluster, tmp_path: Path) -> None:
-    site = tmp_path / "site.toml"
-    site.write_text("slurm = {setup = ['sleep 600']}\n")
-    words = [sys.executable, "-m", "cellhpc.cli", "doctor", "--site", site, "--folder", tmp_path]
-    environment = {**os.environ, **whole_cluster.env}
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as doctor:
-        wait_for("its job runs", lambda: queue(whole_cluster) == ["RUNNING doctor-train"], 90)
-        doctor.send_signal(signal.SIGINT)
-        _, said = doctor.communicate(timeout=60)
-    assert doctor.returncode == 130
-    assert "What the jobs said: " in said
-    wait_for("its job is cancelled", lambda: not queue(whole_cluster), 30)
+def test_a_doctor_that_is_stopped_cancels_its_jobs(examine: Examine, cluster: LocalCluster, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def stop(news: str) -> None:
+        said.append(news)
+        if " runs on " in news:
+            assert queue(cluster) == ["RUNNING doctor-train"]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(site_of(slurm={"setup": ["sleep 600"]}), tmp_path, 60, stop)
+    wait_for("its job is cancelled", lambda: not queue(cluster), 30)
+    assert said[-1].startswith(f"What the jobs said: {tmp_path}/cellhpc-doctor-")
 
 
-def test_without_slurm_there_is_one_line(cellhpc: Cellhpc, tmp_path: Path) -> None:
+def test_without_slurm_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text("")
-    done = cellhpc("doctor", "--site", tmp_path / "site.toml", "--folder", tmp_path, PATH="")
-    assert done.returncode == 1
-    assert "scontrol is not on PATH here. Type this on a login node of the cluster." in " ".join(done.stdout.split())
+    words = ["doctor", "--site", str(tmp_path / "site.toml"), "--folder", str(tmp_path)]
+    done = CliRunner(env={"PATH": ""}).invoke(cli, words)
+    assert done.exit_code == 1
+    assert "scontrol is not on PATH here" in done.stdout
+    assert "login node" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "site.toml"]
 
 

@@ -7,6 +7,7 @@ have none, and the store becomes the same, byte for byte. `store.json` comes las
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -259,12 +260,13 @@ def _run(
     client: Client, jobs: Iterator[tuple[Work, tuple[Any, ...], Any]], stop: Callable[[], bool]
 ) -> Iterator[tuple[Any, Any]]:
     """Run jobs, of which a few for each thread are with the scheduler at a time; yields (name, result) as they end."""
-    waiting: dict[Any, Any] = {}
+    # The client's loop fetches the results: a worker that falls silent over one must not keep us from the others.
+    waiting: dict[Any, tuple[Any, Any]] = {}
     ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
     manned = heard = time.monotonic()
     while True:
         if stop():
-            client.cancel(list(waiting), force=True)
+            client.cancel([future for future, _ in waiting.values()], force=True)
             raise ConversionStopped("The conversion was stopped. What is done stays done: type the same command again.")
         now, threads = time.monotonic(), present(client)[0]
         manned = now if threads else manned
@@ -272,17 +274,19 @@ def _run(
             jobs, max(0, JOBS_PER_THREAD * max(1, threads) - len(waiting))
         ):
             future = client.submit(function, *arguments, pure=False)
-            waiting[future] = name
-            future.add_done_callback(ended.put)
+            fetched = asyncio.run_coroutine_threadsafe(_fetch(future), client.loop.asyncio_loop)
+            waiting[fetched] = future, name
+            fetched.add_done_callback(ended.put)
         if not waiting:
             return
         try:
-            future = ended.get(timeout=POLL_SECONDS)
+            fetched = ended.get(timeout=POLL_SECONDS)
         except queue.Empty:
             _give_up(now - manned, now - heard)
             continue
         heard = now
-        name, result = waiting.pop(future), _result(future)
+        future, name = waiting.pop(fetched)
+        result = _result(fetched)
         future.release()
         yield name, result
 
@@ -301,11 +305,15 @@ def _give_up(unmanned_s: float, silent_s: float) -> None:
         )
 
 
-def _result(future: Any) -> Any:
+async def _fetch(future: Any) -> Any:
+    return await future
+
+
+def _result(fetched: Any) -> Any:
     from distributed.scheduler import KilledWorker
 
     try:
-        return future.result()
+        return fetched.result()
     except KilledWorker:
         raise UserError(
             "A worker process died four times on the same task, most likely for want of memory. "

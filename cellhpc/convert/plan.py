@@ -20,13 +20,13 @@ import pandas as pd
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import digest, read_json
 from cellhpc.pixels import BadField, FieldFormat, file_bytes, probe_field
+from cellhpc.record import STORE, content_digest
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
 
 FORMAT = 1
 """Raised when the same settings give other pixels, or when the store is laid out differently."""
 
-STORE = "store.json"
 ARRAYS = "tiles.zarr"
 WORK = "work"
 
@@ -198,12 +198,6 @@ class ConversionPlan:
             f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields",
         ]
         return "\n".join(lines)
-
-
-def content_digest(record: dict[str, Any]) -> str:
-    """Digest of what a finished store holds, from its record: the plan's, and that of the fields set aside."""
-    stated: str = record["digest"]
-    return digest([stated, record["bad_fields"]]) if record["bad_fields"] else stated
 
 
 def plan_conversion(
