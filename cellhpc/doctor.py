@@ -79,8 +79,8 @@ def diagnose(site: Site, folder: Path, wait_s: float, say: Say = lambda _: None)
         remedy = "Type this on a login node, where `sinfo` answers."
         return Diagnosis((Check("Slurm", str(fault).partition(". ")[0], "failed", remedy),))
     visit = _Visit(site, _work_folder(folder), image)
-    checks += visit.tests()
     try:
+        checks += visit.tests()
         visit.submit()
         visit.wait(time.time() + wait_s, say)
     except BaseException:
@@ -88,9 +88,8 @@ def diagnose(site: Site, folder: Path, wait_s: float, say: Say = lambda _: None)
         raise
     finally:
         checks += visit.cancel()
-    here = facts()
     for probe in visit.probes:
-        checks += judge(probe, here, visit.token, site, wait_s)
+        checks += judge(probe, visit.here, visit.token, site, wait_s)
     found = Diagnosis(tuple(checks))
     if found.healthy:
         shutil.rmtree(visit.study.path, ignore_errors=True)
@@ -115,7 +114,7 @@ def _cluster() -> list[Check]:
     if most > 1:
         checks.append(Check("MaxArraySize", f"{most:,}; larger arrays are split"))
     else:
-        checks.append(Check("MaxArraySize", f"{most}", "failed", "Arrays are off here; ask for one run a job."))
+        checks.append(Check("MaxArraySize", f"{most}", "failed", "Ask the administrators to allow arrays."))
     by_default = "yes" if told.get("JobRequeue") == "1" else "no; every job asks for it"
     checks.append(Check("requeue by default", by_default))
     return checks
@@ -135,7 +134,7 @@ class _Visit:
     """The doctor's jobs on one cluster."""
 
     def __init__(self, site: Site, folder: Path, image: str | None) -> None:
-        self.site, self.image = site, image
+        self.site, self.image, self.here = site, image, facts()
         self.study = StudyFolder(folder)
         self.job = _job(folder)
         self.partitions = _partitions()

@@ -16,13 +16,13 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cellhpc.hosts import MEETING, RANK, RANKS
-from cellhpc.ledger import write_json, write_text
+from cellhpc.ledger import read_json, write_json, write_text
 from cellhpc.submission import CHECKPOINTED, DONE
 
 TOKEN = "token"  # noqa: S105
@@ -32,6 +32,8 @@ SCONTROL = "scontrol"
 PACKAGES = ("tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "submitit")
 _NAMES_OF = {"tensorflow": ("tensorflow", "tensorflow-cpu")}
 _TRIAL_BYTES = 2**20
+OTHERS_SECONDS = 120.0
+"""How long a rank that can't join the others lets them go on."""
 
 
 def facts() -> dict[str, Any]:
@@ -71,11 +73,12 @@ def carry_out(submission: str, task: str, trains: bool) -> None:
     if trains:
         answer.add("TensorFlow", _tensorflow)
         answer.add("Horovod", _horovod)
-        if size > 1:
+        if size > 1 and answer.well("TensorFlow", "Horovod"):
             answer.add("rendezvous", functools.partial(_rendezvous, rank, size))
     answer.finish()
-    if answer.lost:
-        os._exit(1)  # the other ranks wait for this one, and Horovod for them
+    if trains and size > 1 and not answer.well("rendezvous"):
+        _wait_for_others(attempt, size)
+        os._exit(1)  # those that wait for this rank end with it, and Horovod can't be used again
     if rank == 0 and trains and _can_requeue(attempt):
         (attempt / CHECKPOINTED).touch()
     elif rank == 0:
@@ -88,10 +91,9 @@ class _Answer:
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path
         self.told: dict[str, Any] = {"rank": rank, "host": platform.node(), "time": time.time(), "doing": "start"}
-        self.told |= {"partition": os.environ.get("SLURM_JOB_PARTITION", ""), "finished": False}
-        self.lost = False
+        self.told["finished"] = False
 
-    def add(self, step: str, look: Any) -> None:
+    def add(self, step: str, look: Callable[[], dict[str, Any]]) -> None:
         """Take a step; whatever goes wrong in it is its answer."""
         self.told["doing"] = step
         write_json(self.path, self.told)
@@ -99,7 +101,10 @@ class _Answer:
             self.told[step] = look()
         except Exception as fault:
             self.told[step] = {"error": f"{type(fault).__name__}: {fault}"}
-            self.lost = self.lost or step == "rendezvous"
+
+    def well(self, *steps: str) -> bool:
+        """Tell whether all of these steps were taken and went well."""
+        return all("error" not in self.told.get(step, {"error": "not taken"}) for step in steps)
 
     def finish(self) -> None:
         """Leave the whole answer."""
@@ -170,6 +175,16 @@ def _rendezvous(rank: int, size: int) -> dict[str, Any]:
         "interface": os.environ["HOROVOD_GLOO_IFACE"],
         "address": os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
     }
+
+
+def _wait_for_others(attempt: Path, size: int) -> None:
+    """Let the other ranks find what they can: srun ends them with this one."""
+    deadline = time.monotonic() + OTHERS_SECONDS
+    while time.monotonic() < deadline:
+        answers = [read_json(path) for path in attempt.glob("answer-*.json")]
+        if sum(answer["doing"] in ("", "rendezvous") for answer in answers) == size:
+            return
+        time.sleep(0.5)
 
 
 def _can_requeue(attempt: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,20 @@ def test_a_marker_of_a_newer_attempt_stays_even_if_its_folder_is_not_seen(tmp_pa
     with pytest.raises(Superseded, match="superseded by 002"):
         zombie.publish("a")
     assert read_json(unit / "done.json")["digest"] == "b"
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few are left that can be mounted for a test; so the call fails as it does there."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    attempt = Attempt.claim(tmp_path, "a")
+    assert attempt.publish("a")
+    assert attempt.publish("a") is False
+    assert finished(tmp_path, "a") == attempt.folder
+    assert names(tmp_path) == ["001/attempt.json", "done.json"]
 
 
 @pytest.mark.parametrize("marker", ['{"digest": "a"}', '{"digest": "a", "attempt": "007"}', '{"dig', "[]"])

@@ -120,7 +120,7 @@ class TestInterruptions:
         _, folds = small.data()
         steps = (len(either.data.tiles) * 8 // 9) // either.settings.batch_size
         network = either.network.text
-        run, other = small.run(folds, network), small.run(folds, network, fold=3, seed=5)
+        run, other = small.run(folds, network), small.run(folds, network, fold=3)
         train_run(either, run, folds, tmp_path / "whole")
         for after in (steps - 2, 0, steps - 2):  # in an epoch, at its end or the next one's begin, in the last one
             with pytest.raises(Interrupted, match=rf"run-0-0 was stopped in epoch \d, after step \d of {steps}"):
