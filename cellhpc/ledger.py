@@ -42,6 +42,7 @@ def replacing(path: Path, make_folder: bool = True) -> Iterator[Path]:
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.fchmod(handle, 0o666 & ~_umask())
     os.close(handle)
     temporary = Path(name)
     try:
@@ -51,6 +52,13 @@ def replacing(path: Path, make_folder: bool = True) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Read this process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str, make_folder: bool = True) -> None:
@@ -131,7 +139,7 @@ def held(lock: Path, where: str, taken: str) -> Iterator[None]:
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Versions, host and commit that a result is made with; as they were when a process first asked."""
+    """Versions, host, commit and image that a result is made with; as they were when a process first asked."""
     packages = ("cellhpc", "tensorflow-cpu", "tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "scikit-learn")
     versions = {}
     for package in packages:
@@ -144,14 +152,16 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         **_commit(),
+        **({"image": image} if (image := os.environ.get("CELLHPC_IMAGE")) else {}),
     }
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the checkout that cellhpc runs from, and whether files differ from it; nothing when it is installed."""
+    """Commit that cellhpc runs from, and whether files differ from it; nothing when it is installed without one."""
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
-        return {}
+        commit, _, dirty = os.environ.get("CELLHPC_COMMIT", "").partition("-")  # a container's
+        return {"commit": commit, "dirty": bool(dirty)} if commit else {}
     git = ["git", "-C", str(here)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

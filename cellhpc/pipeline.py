@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cellhpc.aggregate import aggregate
+from cellhpc.attempts import finished
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
-from cellhpc.ledger import done_digest, is_done
+from cellhpc.ledger import done_digest
 from cellhpc.networks import check, input_channels
 from cellhpc.record import is_store
 from cellhpc.screens import Screen, read_screen, require_sound
@@ -127,7 +128,7 @@ def plan_study(job: Job) -> StudyPlan:
     folds = plan_folds(screen.fields, job.folds)
     conversion = plan_conversion(job.convert, screen, sizes, store)
     runs = plan_runs(job, folds, conversion.content_digest)
-    missing = tuple(run for run in runs if not is_done(folder.runs / run.id, run.digest))
+    missing = tuple(run for run in runs if not finished(folder.runs / run.id, run.digest))
     return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cellhpc import slurm
-from cellhpc.attempts import FAILED, newest
+from cellhpc.attempts import FAILED, finished, newest
 from cellhpc.errors import UsageError
 from cellhpc.folds import read_folds
 from cellhpc.ledger import done_digest, read_json
@@ -209,15 +209,15 @@ def look(study: StudyFolder, job: Job) -> Status:
     store = study.store(job)
     content = content_digest(read_record(store)) if is_store(store) else ""
     runs = plan_runs(job, read_folds(study.folds), content) if study.folds.exists() else []
-    state_of = {run.id: done_digest(study.runs / run.id) for run in runs}
-    unfinished = [run.id for run in runs if state_of[run.id] != run.digest]
+    done = {run.id for run in runs if finished(study.runs / run.id, run.digest)}
+    unfinished = [run.id for run in runs if run.id not in done]
     why = _Reasons(study, told, live, unfinished, notes)
     found = []
     for run in runs:
-        if state_of[run.id] == run.digest:
+        if run.id in done:
             found.append(RunStatus(run.id, FINISHED))
         else:
-            found.append(_look_at_run(study, run.id, why, state_of[run.id] is not None, job.train.epochs))
+            found.append(_look_at_run(study, run.id, why, job.train.epochs))
     stages = (
         _look_at_stage("convert", content != "", live, why),
         _look_at_stage("aggregate", is_aggregated(study, len(runs)), live, why),
@@ -301,7 +301,7 @@ class _Reasons:
         return self._asked[submission.number]
 
 
-def _look_at_run(study: StudyFolder, run: str, why: _Reasons, stale: bool, epochs: int) -> RunStatus:
+def _look_at_run(study: StudyFolder, run: str, why: _Reasons, epochs: int) -> RunStatus:
     unit = study.runs / run
     attempt = newest(unit)
     about = _read(attempt / "attempt.json") if attempt else {}
@@ -315,7 +315,7 @@ def _look_at_run(study: StudyFolder, run: str, why: _Reasons, stale: bool, epoch
         reason = task.job.reason if task.waits else ""
         since = time.time() - about["began"] if state == "running" and "began" in about else None
         return RunStatus(run, state, reason, task.name, task.job.id, seconds=since, **far)
-    if stale:
+    if finished(unit):
         return RunStatus(run, "stale", "made with other settings, store, ranks or weights")
     if run not in why.task_of:
         return RunStatus(run, "missing")

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from cellhpc.attempts import FAILED
+from cellhpc.attempts import FAILED, finished
 from cellhpc.convert.execute import ConversionStopped
 from cellhpc.convert.workers import serve
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
 from cellhpc.hosts import MEETING, RANK, RANKS
-from cellhpc.ledger import is_done, provenance, read_json, write_json, write_text
+from cellhpc.ledger import provenance, read_json, write_json, write_text
 from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
 from cellhpc.ranks import RankLost, Ranks, joined
@@ -187,7 +187,7 @@ class _TrainingGroup:
 
         Rank 0 decides: a shared file system may show files to some ranks later.
         """
-        mine = [is_done(self.study.runs / run.id, run.digest) or self._failed_before(run) for run in runs]
+        mine = [bool(finished(self.study.runs / run.id, run.digest)) or self._failed_before(run) for run in runs]
         skip = self.ranks.gather(np.array([mine], np.int32).reshape(1, -1))[0]
         return [run for run, done in zip(runs, skip, strict=True) if not done]
 
