@@ -7,7 +7,7 @@ at_end() {
     code=$?
     if [ -e "$task/$attempt/done" ]; then how=done; code=$(cat "$task/$attempt/done")
     elif [ -e "$task/$attempt/checkpointed" ]; then how=checkpointed; fi
-    if [ "$how" != done ]; then
+    if [ "$how" != done ] && command -v scontrol > /dev/null; then
         # A controller that is down is waited for, ten minutes at most.
         for try in $(seq 60); do job=$(scontrol show job -o "$me") && break; sleep 10; done
         case "$job" in *JobState=CANCELLED*) how=cancelled ;; esac

@@ -17,7 +17,7 @@ from typing import Any
 
 import submitit
 
-from cellhpc import slurm, work
+from cellhpc import slurm
 from cellhpc.errors import UsageError, UserError
 from cellhpc.settings import Job
 from cellhpc.site import Placement, Site, SlurmSettings, Stage, TrainStage
@@ -58,14 +58,16 @@ class Batch:
 
     def text(self, folder: Path, dependency: str | None) -> str:
         """Text of the batch script, for a submission in `folder`."""
-        executor = self._executor(folder, dependency)
+        executor = self.executor(folder, dependency)
         if len(self.tasks) > 1:
             executor.parameters["map_count"] = len(self.tasks)
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
     def submit(self, study: StudyFolder, submission: Submission, dependency: str | None) -> SlurmJob:
         """Hand it to Slurm."""
-        executor = self._executor(submission.folder, dependency)
+        from cellhpc import work  # with all that a task needs: half a second that a plan can do without
+
+        executor = self.executor(submission.folder, dependency)
         arguments = [(str(study.path), str(submission.folder), task.name) for task in self.tasks]
         try:
             jobs = executor.map_array(work.carry_out, *zip(*arguments, strict=True))
@@ -82,7 +84,8 @@ class Batch:
         """Ask Slurm whether it would take the job, and when it could start; nothing is queued."""
         return slurm.test(self.text(folder, dependency=None))
 
-    def _executor(self, folder: Path, dependency: str | None) -> submitit.SlurmExecutor:
+    def executor(self, folder: Path, dependency: str | None) -> submitit.SlurmExecutor:
+        """Return submitit's executor, told everything about this batch."""
         executor = _Executor(folder / LOGS, python=self.python)
         waits = {"dependency": dependency} if dependency else {}
         executor.update_parameters(**self.parameters, **waits)

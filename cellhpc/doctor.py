@@ -30,9 +30,9 @@ from cellhpc.remedies import refusal
 from cellhpc.settings import Job, parse_job
 from cellhpc.site import Site, Stage, TrainStage
 from cellhpc.slurm import JobState, NotAnswered
-from cellhpc.status import ERROR_LINE, log_files, tail
+from cellhpc.status import last_error
 from cellhpc.study import StudyFolder
-from cellhpc.submission import CHECKPOINTED, LOGS, SlurmJob, Submission, Task, ends, new_submission, task_name
+from cellhpc.submission import CHECKPOINTED, LOGS, SlurmJob, Task, ends, new_submission, task_name
 
 STAGES = ("convert", "train", "aggregate")
 TIME_MIN, SIGNAL_SECONDS, MOST_CPUS, MOST_MEMORY_GB, MOST_NODES = 10, 30, 2, 4.0, 2
@@ -40,10 +40,6 @@ TIME_MIN, SIGNAL_SECONDS, MOST_CPUS, MOST_MEMORY_GB, MOST_NODES = 10, 30, 2, 4.0
 LATE_SECONDS = 5.0
 """How long what a job left may take to be seen here; network file systems are late."""
 LATE_AFTER_SUCCESS_SECONDS = 60.0
-_EPILOGUE = re.compile(
-    r"^srun: (error: .*: task|.*terminating|Terminating|Job step aborted)|^slurmstepd: error: \*\*\* "
-)
-_LONGEST = 300
 
 Say = Callable[[str], None]
 
@@ -163,7 +159,7 @@ class _Visit:
         """Hand the small jobs to Slurm."""
         site = small(self.site)
         for probe, task in zip(self.probes, self.submission.tasks.values(), strict=True):
-            executor = self._batch(site, task)._executor(self.submission.folder, dependency=None)
+            executor = self._batch(site, task).executor(self.submission.folder, dependency=None)
             probe.began = probe.waited_until = time.time()
             try:
                 job = executor.submit(carry_out, str(self.submission.folder), task.name, probe.trains)
@@ -192,7 +188,7 @@ class _Visit:
             time.sleep(max(0.0, min(5.0, 0.5 + (time.time() - began) / 30, deadline - time.time())))
         for probe in self.probes:
             if probe.job:
-                probe.error = _error(self.submission, probe.task)
+                probe.error = last_error(self.submission, probe.task)
             if not probe.started:
                 probe.nodes_now = _nodes(_placed(self.site, probe.stage)["partition"])
 
@@ -355,11 +351,3 @@ def _reason(said: str) -> str:
 def _place(said: str) -> str:
     """Leave out the number of a job that will not be, and when it would start."""
     return re.sub(r"^Job .* processors ", "", said)
-
-
-def _error(submission: Submission, task: str) -> str:
-    """Return the last error of a job's logs; that srun saw a task fail is less than what the task said."""
-    lines = [line for path in log_files(submission, task) for line in tail(path)]
-    lines = [line for line in lines if not _EPILOGUE.search(line)] or lines
-    said = ([line for line in lines if ERROR_LINE.search(line)] or lines or ["its logs are empty"])[-1].strip()
-    return said if len(said) < _LONGEST else said[: _LONGEST - 3] + "..."

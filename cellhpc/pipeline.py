@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cellhpc.aggregate import aggregate
 from cellhpc.attempts import finished
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
@@ -200,6 +199,8 @@ def aggregate_study(plan: StudyPlan) -> dict[str, Any]:
     DataError
         Runs were made with other settings, or don't belong together.
     """
+    from cellhpc.aggregate import aggregate  # with figures and statistics, which no plan needs
+
     folders = [plan.folder.runs / run.id for run in plan.runs]
     stale = [
         run.id for run, unit in zip(plan.runs, folders, strict=True) if done_digest(unit) not in (None, run.digest)

@@ -51,7 +51,7 @@ def ask(*words: str) -> str:
         raise NotAnswered(f"{words[0]} did not answer within {ANSWER_SECONDS:.0f} s") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-        raise NotAnswered(f"{words[0]}: {said[-1]}")
+        raise NotAnswered(f"{words[0]}: {said[-1].removeprefix(words[0] + ': ')}")
     return done.stdout
 
 
@@ -59,7 +59,17 @@ def test(script: str) -> str:
     """Ask Slurm whether it would take a batch script, and when it could start; nothing is queued."""
     if shutil.which("sbatch") is None:
         raise NotAnswered("sbatch is not on PATH here. Type this on a login node of the cluster.")
-    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise NotAnswered(f"sbatch did not answer within {ANSWER_SECONDS:.0f} s") from None
     said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     if done.returncode:
         raise NotAnswered(said)

@@ -31,6 +31,10 @@ STATES = ("done", "running", "waiting", "failed", "stopped", "stale", "missing")
 checkpoint by `cancel` or Ctrl-C; finished with other settings than the job file names now; never begun."""
 FINISHED = "done"
 ERROR_LINE = re.compile(r"error|killed|cancelled|oom|^cellhpc: |fault|abort", re.IGNORECASE)
+EPILOGUE = re.compile(
+    r"^srun: (error: .*: task|.*terminating|Terminating|got SIGCONT|Job step aborted)|^slurmstepd.*: error: \*\*\* STEP"
+)
+"""That srun saw a task fail says less than what the task said itself."""
 LOG_TAIL_BYTES = 65536
 
 
@@ -381,6 +385,7 @@ def find_logs(study: StudyFolder, name: str) -> list[Path]:
 def last_error(submission: Submission, task: str) -> str:
     """Return the last line of a task's logs that tells of an error; the last line of all if none does."""
     lines = [line for path in log_files(submission, task) for line in tail(path)]
+    lines = [line for line in lines if not EPILOGUE.search(line)] or lines
     errors = [line for line in lines if ERROR_LINE.search(line)]
     said = (errors or lines or ["it said nothing"])[-1].strip()
     return said if len(said) < 300 else said[:297] + "..."
