@@ -24,4 +24,4 @@ at_end() {
 }
 trap : TERM  # the ranks end first
 trap at_end EXIT
-mkdir -p "$task/$attempt" || exit 1
+mkdir -p "$task" && mkdir -p -m 700 "$task/$attempt" || exit 1  # keys of the moment lie there
