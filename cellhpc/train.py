@@ -365,6 +365,7 @@ def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
         "classes": list(folds.classes),
         "settings": trainer.settings.model_dump(mode="json"),
         "ranks": trainer.ranks.size,
+        "threads": _threads(),
         "trained_on": sorted(set(trainer.data.tiles.loc[training, folds.by].astype(str))),
         "training_tiles": int(training.sum()),
         "held_out_tiles": int(folds.held_out(trainer.data.tiles, run.fold).sum()),
@@ -372,6 +373,13 @@ def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
         "memory_mb": _peak_memory_mb(),
         **provenance(),
     }
+
+
+def _threads() -> int:
+    """Threads of an operation; their number decides in which order sums are rounded."""
+    import tensorflow as tf
+
+    return int(tf.config.threading.get_intra_op_parallelism_threads())
 
 
 def _peak_memory_mb() -> float:

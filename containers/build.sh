@@ -83,7 +83,7 @@ version=$(sed -n '/^version = /{s/.*"\(.*\)"/\1/p;q}' "$checkout/pyproject.toml"
 commit=$(git -C "$checkout" rev-parse HEAD 2> /dev/null || echo unknown)
 [ "$commit" = unknown ] || [ -z "$(git -C "$checkout" status --porcelain -- "${sources[@]}")" ] || commit+=-dirty
 
-# Horovod is compiled in the image, once for each lock file, way of building it, and base: kept here, some 20 MB.
+# Horovod is compiled in the image, once for each lock file, way of building it, and base: kept here, 20 MB.
 recipe() { cat pyproject.toml uv.lock && sed -n '/^%post/,/^%environment/p' "containers/$variant.def" && echo "$base"; }
 ingredients=$(cd "$checkout" && recipe | sha256sum | cut -c 1-12)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/cellhpc/image-$variant-$ingredients

@@ -158,8 +158,9 @@ def here(folder: Path, raw: Path, store: Path, ranks: int, epochs: int) -> dict[
     job = folder / "job.toml"
     job.write_text(JOB.format(folder=folder, raw=raw, store=store, ranks=ranks, epochs=epochs))
     words = [sys.executable, "-m", "cellhpc.cli", "run", str(job)]
+    cores = sorted(os.sched_getaffinity(0))[:ranks]  # a thread for each rank, as the cluster's tasks have
     done = subprocess.run(
-        words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        words, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores), check=False
     )
     assert done.returncode == 0, done.stderr
     units = (folder / "study" / "runs").glob("*")

@@ -73,6 +73,7 @@ class Ranks:
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
+                umask=0o002,
             )
             for rank in range(size)
         ]

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import importlib.util
 import itertools
+import json
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cellhpc.errors import DataError
 from cellhpc.hosts import MEETING, MEETING_SECONDS, RANK, RANKS, address_towards, wait_for
 from cellhpc.ledger import read_json, write_json
 
@@ -114,7 +116,8 @@ def release() -> None:
     """On rank 0, tell the other ranks that there is nothing, or nothing more, to do; those still to come, too."""
     if ranks() > 1:
         for rank in range(1, ranks()):
-            write_json(_answer(Path(os.environ[MEETING]), rank), {"ended": True})
+            with contextlib.suppress(OSError):  # a disk that is full now: the others will notice that we are gone
+                _tell(_answer(Path(os.environ[MEETING]), rank), {"ended": True})
 
 
 def serve(meeting: Path, seconds: float = MEETING_SECONDS) -> None:
@@ -148,7 +151,7 @@ def serve(meeting: Path, seconds: float = MEETING_SECONDS) -> None:
     certificates = {f"tls_{role}_cert": certificate for role in ("client", "scheduler", "worker")}
     security = Security(require_encryption=True, tls_ca_file=certificate, **keys, **certificates)
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    if not asyncio.run(_work(found["address"], security, rank, lambda: "ended" in read_json(answer))):
+    if not asyncio.run(_work(found["address"], security, rank, lambda: _has_ended(answer))):
         print(
             f"cellhpc: the scheduler of rank 0 at {found['address']} does not answer any more; rank {rank} ends. "
             "What is done stays done.",
@@ -158,8 +161,26 @@ def serve(meeting: Path, seconds: float = MEETING_SECONDS) -> None:
 
 
 def _answer(meeting: Path, rank: int) -> Path:
-    """Where rank 0 leaves what a rank needs to know; readable by its owner only, as `write_json` makes it."""
+    """Where rank 0 leaves what a rank needs to know."""
     return meeting / f"scheduler-{rank}.json"
+
+
+def _has_ended(answer: Path) -> bool:
+    try:
+        return "ended" in read_json(answer)
+    except (OSError, DataError):  # a shared file system has its moments
+        return False
+
+
+def _tell(path: Path, document: dict[str, Any]) -> None:
+    """Write a document atomically that only its owner can read, whatever the umask: it may hold the key."""
+    temporary = path.with_name(f".{path.name}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        os.fchmod(file.fileno(), 0o600)
+        json.dump(document, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 async def _work(address: str, security: Security, rank: int, ended: Callable[[], bool]) -> bool:
@@ -319,7 +340,7 @@ async def _let_in(scheduler: Any, security: Security, meeting: Path, closed: thr
                     doors[own] = scheduler.listeners[-1].contact_address
             except OSError as fault:
                 print(f"cellhpc: rank {rank} on {host} can't take part: {fault}", file=sys.stderr, flush=True)
-                await asyncio.to_thread(write_json, _answer(meeting, rank), {"ended": True})
+                await asyncio.to_thread(_tell, _answer(meeting, rank), {"ended": True})
                 continue
-            await asyncio.to_thread(write_json, _answer(meeting, rank), {"address": doors[own], **secret})
+            await asyncio.to_thread(_tell, _answer(meeting, rank), {"address": doors[own], **secret})
         await asyncio.sleep(POLL_SECONDS)
