@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 IN_VENV := .venv/bin/
 .DEFAULT_GOAL := help
 
-.PHONY: help env machine demo real test lint bench
+.PHONY: help env machine demo real container test lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -32,6 +32,9 @@ demo: env  ## a synthetic BBBC021 screen, from raw plates to the report, on two 
 
 real: env  ## the 660 real BBBC021 fields in $CELLHPC_DATA, pre-trained against Xavier
 	$(IN_VENV)cellhpc run jobs/bbbc021_subset.toml
+
+container:  ## the CPU image for Apptainer: containers/cellhpc-cpu.sif
+	containers/build.sh cpu
 
 test: env  ## the tests
 	$(IN_VENV)pytest
