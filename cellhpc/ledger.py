@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -41,10 +41,8 @@ def replacing(path: Path, make_folder: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes the name `path` at once, on failure it is removed."""
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.fchmod(handle, 0o666 & ~_umask())
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch(exist_ok=False)  # who may read it is the umask's decision, as for any file
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -52,13 +50,6 @@ def replacing(path: Path, make_folder: bool = True) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Read this process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str, make_folder: bool = True) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from cellhpc.attempts import FAILED, finished
 from cellhpc.convert.execute import ConversionStopped
-from cellhpc.convert.workers import serve
+from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
 from cellhpc.hosts import MEETING, RANK, RANKS
@@ -140,6 +140,8 @@ def _convert(study: StudyFolder, submission: Submission, task: Task, attempt: Pa
         convert_study(plan_study(parse_job(read_json(study.job), str(study.job))), lambda: watch.stop_asked)
     except ConversionStopped as stopped:
         raise Interrupted(str(stopped)) from None
+    finally:
+        release()  # the other ranks wait, also where nothing was to be converted
     return []
 
 

@@ -27,7 +27,6 @@ import zarr.storage
 
 from cellhpc.convert.plan import (
     ARRAYS,
-    STORE,
     WORK,
     ConversionPlan,
     FieldSource,
@@ -52,6 +51,7 @@ from cellhpc.correct import PlateStatistics, plate_statistics
 from cellhpc.errors import DataError, UserError, listing
 from cellhpc.ledger import held, read_json, write_json, write_text
 from cellhpc.progress import progress
+from cellhpc.record import STORE
 
 if TYPE_CHECKING:
     from distributed import Client

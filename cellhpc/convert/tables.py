@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellhpc.convert.plan import STORE, ConversionPlan, Plate
+from cellhpc.convert.plan import ConversionPlan, Plate
 from cellhpc.convert.tasks import dmso_id, read_marker
 from cellhpc.ledger import provenance, write_json, write_table
+from cellhpc.record import STORE
 
 QUALITY = ("low", "high", "mean")
 
