@@ -1,8 +1,9 @@
 """The demo on the local Slurm cluster of three nodes: undisturbed, with a fault in each stage, and inside a container.
 
 Each must come to the scores of `cellhpc run jobs/demo.toml` on this machine without Slurm, to the last digit. Then an
-array of 44 packed runs, throttled. Needs root on Debian (slurm/README.md), and for the container CELLHPC_IMAGE, the
-path of an image from containers/build.sh. `cluster.py PART ...` does only these: slurm, faults, container, array.
+array of 44 packed runs, throttled, and a small study whose jobs reach their time limit again and again. Needs root on
+Debian (slurm/README.md), and for the container CELLHPC_IMAGE, the path of an image from containers/build.sh.
+`cluster.py PART ...` does only these: slurm, faults, container, array, limit.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import psutil
 
 from cellhpc.ledger import read_json
 from slurm.cluster import LocalCluster
-from tests.night import SCREEN, Night
+from tests.night import SCREEN, Night, here
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("slurm", "faults", "container", "array")
+PARTS = ("slurm", "faults", "container", "array", "limit")
 SECONDS = 3600.0
 
 
@@ -193,6 +194,9 @@ def main() -> None:
             if "array" in parts:
                 seconds, facts = _array(cluster, top)
                 note("array", seconds, **facts)
+            if "limit" in parts:
+                seconds, facts = _limit(cluster, top)
+                note("limit", seconds, **facts)
     print(json.dumps({"bench": "cluster", "cores": os.cpu_count(), "parts": rows}))
     if not all(row.get("same", True) for row in rows):
         sys.exit("cluster: not the same scores")
@@ -200,10 +204,7 @@ def main() -> None:
 
 def _array(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
     """44 tiny runs in 11 elements of an array, of which at most two run at a time."""
-    raw = top / "small"
-    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
-    cellhpc(dict(os.environ), "synth", "bbbc021", raw, "--preset", "demo", *words)
-    night = Night(cluster, top / "array", raw, top / "store", epochs=1)
+    night = Night(cluster, top / "array", _small_screen(top), top / "store", epochs=1)
     began = time.monotonic()
     settings = ["--set", f"sweep.seeds={list(range(11))}", "--set", "sweep.runs_per_job=4"]
     night.submit("run", *settings, train={"throttle": 2})
@@ -213,6 +214,27 @@ def _array(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
         time.sleep(0.2)
     status = night.status()
     return time.monotonic() - began, {"counts": status["counts"], "tasks": 11, "at_most_at_a_time": most}
+
+
+def _limit(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
+    """Four runs in one job with a limit of a minute: stopped, queued again and continued, until all are done."""
+    raw, epochs = _small_screen(top), 150
+    expected = here(top / "limit-here", raw, top / "store", 1, epochs)
+    night = Night(cluster, top / "limit", raw, top / "store", epochs=epochs)
+    began = time.monotonic()
+    night.submit(train={"time": 1, "signal_seconds": 30})
+    night.until_done(SECONDS)
+    found = night.predictions()
+    equal = found.keys() == expected.keys() and all(found[name].equals(expected[name]) for name in found)
+    return time.monotonic() - began, {"same": equal, "stopped": night.ends().count("checkpointed")}
+
+
+def _small_screen(top: Path) -> Path:
+    """A screen of four compounds."""
+    raw = top / "small"
+    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
+    cellhpc(dict(os.environ), "synth", "bbbc021", raw, "--preset", "demo", *words)
+    return raw
 
 
 if __name__ == "__main__":
