@@ -260,7 +260,7 @@ def test_in_a_container_too_a_training_that_is_told_to_stop_goes_on(
 def _is_rank(process: psutil.Process, night: Night, rank: str) -> bool:
     """Tell whether a process is this rank of a study's training."""
     words = process.info["cmdline"] or []
-    if "submitit.core._submit" not in words or not any(str(night.study) in word for word in words):
+    if "python" not in "".join(words[:1]) or not any(str(night.study) in word for word in words):
         return False
     environment = process.info["environ"] or {}
     return environment.get("SLURM_PROCID") == rank and environment.get("SLURM_JOB_NAME") == "night-train"
