@@ -152,7 +152,7 @@ def _commit() -> dict[str, Any]:
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
         commit, _, dirty = os.environ.get("CELLHPC_COMMIT", "").partition("-")  # a container's
-        return {"commit": commit, "dirty": bool(dirty)} if commit else {}
+        return {"commit": commit, "dirty": bool(dirty)} if commit not in ("", "unknown") else {}
     git = ["git", "-C", str(here)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -160,9 +160,8 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
 ) -> None:
     night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
-    night.submit("run", "--set", "sweep.runs_per_job=2", train={})
+    night.submit("run", "--set", "sweep.runs_per_job=1")
     until("a run is done", lambda: len(night.predictions()) >= 1, 120, night.last_words)
-    night.run_at_work(epoch=1)
     again = night.cellhpc("resume", night.study)
     assert "Nothing is to be submitted" in again.stdout, again.stdout + again.stderr
     said = night.cellhpc("cancel", night.study)
