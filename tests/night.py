@@ -71,7 +71,7 @@ class Night:
     def submit(self, command: str = "run", *words: object, **sections: dict[str, Any]) -> None:
         """Submit the study, with a site file of these sections."""
         site: dict[str, dict[str, Any]] = {"convert": {}, "train": {"throttle": 1}, "aggregate": {}}
-        site |= {name: site[name] | keys for name, keys in sections.items()}
+        site |= {name: site.get(name, {}) | keys for name, keys in sections.items()}
         for stage in ("convert", "train", "aggregate"):
             site[stage] = {"memory_gb": 2, "time": "00:30:00"} | site[stage]
         lines = [f"[{name}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())

@@ -106,7 +106,7 @@ def test_the_plan_is_told_and_slurm_is_asked_without_submitting(
 ) -> None:
     night = Night(whole_cluster, tmp_path, raw, tmp_path / "store", ranks=2)
     site = tmp_path / "site.toml"
-    site.write_text("[train]\nnodes = 2\nimages_per_s = 10\n")
+    site.write_text("[train]\nnodes = 2\nthrottle = 1\nimages_per_s = 10\n")
     told = night.cellhpc("run", night.job, "--site", site, "--dry-run")
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("#!/bin/bash") == 3
@@ -134,7 +134,7 @@ def test_ranks_that_nodes_can_not_share_evenly_are_refused(
     refused = night.cellhpc("run", night.job, "--site", tmp_path / "site.toml")
     assert refused.returncode == 2
     assert "sweep.ranks = 2 can't be spread evenly over train.nodes = 3 of the site file." in refused.stderr
-    assert not night.study.exists()
+    assert not (night.study / "job.json").exists()
 
 
 def test_a_job_that_slurm_refuses_takes_back_those_before_it(
