@@ -115,13 +115,12 @@ def remembered(jobs: Iterable[str]) -> tuple[dict[str, JobState], list[str]]:
             continue  # forgotten: the controller keeps a job for MinJobAge
         for line in told.splitlines():
             facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            element = facts.get("ArrayTaskId", "")
-            if facts.get("ArrayJobId") and not element.isdigit():
-                continue
-            name = f"{facts['ArrayJobId']}_{element}" if element else facts["JobId"]
-            states[name] = JobState(
-                name, facts["JobState"], facts.get("Reason", ""), facts.get("NodeList", ""), 0.0, facts["ExitCode"]
-            )
+            array = facts.get("ArrayJobId")
+            names = [f"{array}_{index}" for index in _indices(facts["ArrayTaskId"])] if array else [facts["JobId"]]
+            for name in names:
+                states[name] = JobState(
+                    name, facts["JobState"], facts.get("Reason", ""), facts.get("NodeList", ""), 0.0, facts["ExitCode"]
+                )
     return states, notes
 
 
@@ -140,6 +139,15 @@ def configuration() -> dict[str, str]:
 def max_array_size() -> int:
     """Most elements of one array: its largest index is below Slurm's MaxArraySize."""
     return int(configuration()["MaxArraySize"])
+
+
+def _indices(text: str) -> list[int]:
+    """Expand Slurm's ``2,5-7%4``: elements that never ran are told together."""
+    found = []
+    for part in text.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        found += list(range(int(first), int(last or first) + 1)) if first.isdigit() else []
+    return found
 
 
 def _seconds(text: str) -> float:
