@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from cellhpc.attempts import finished as finished_run
 from cellhpc.ledger import read_json
 from tests.conftest import Cellhpc
 
@@ -89,7 +90,9 @@ def test_one_command_from_raw_plates_to_a_scored_result_on_two_ranks(finished: t
         assert count["accuracy"] == pytest.approx(count["correct"] / count["total"])
         low, high = count["wilson95"]
         assert low <= count["accuracy"] <= high
-    for run in (folder / "study" / "runs").iterdir():
+    for unit in (folder / "study" / "runs").iterdir():
+        run = finished_run(unit)
+        assert run is not None
         record = read_json(run / "run.json")
         assert record["ranks"] == 2
         predicted = pd.read_parquet(run / "predictions.parquet")
@@ -145,13 +148,14 @@ def test_a_rank_that_dies_ends_its_job_with_a_reason_and_the_rest_is_kept(tmp_pa
     deadline = time.monotonic() + 240
     while not list(runs.glob("*/done.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    (record,) = (tmp_path / "study" / "jobs").glob("*/attempt-1/processes.json")
     began = time.monotonic()
-    os.kill(read_json(record)["pids"][1], signal.SIGKILL)
+    children = psutil.Process(command.pid).children(recursive=True)
+    (second,) = [child for child in children if child.environ().get("CELLHPC_RANK") == "1"]
+    second.kill()
     _, said = command.communicate(timeout=120)
     assert command.returncode == 1
     assert time.monotonic() - began < 60
-    assert "1 of 1 training job(s) failed; finished runs are kept." in said
+    assert "1 of 1 training task(s) and 0 run(s) failed; finished runs are kept." in said
     assert "train-0000: rank 1 was ended by signal 9 (out of memory?)" in said
     assert "Run the same command again to do what is missing." in said
     assert "Traceback" not in said
@@ -163,9 +167,11 @@ def test_a_command_that_is_killed_while_ranks_start_leaves_none_behind(tmp_path:
     command = subprocess.Popen([sys.executable, "-m", "cellhpc.cli", "run", str(job)], env={**os.environ})
     jobs = tmp_path / "study" / "jobs"
     deadline = time.monotonic() + 240
-    while not list(jobs.glob("*/attempt-1/processes.json")) and time.monotonic() < deadline:
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    ranks = psutil.Process(command.pid).children(recursive=True)
+        started = list(jobs.glob("*/train-0000/here-0"))
+        ranks = psutil.Process(command.pid).children(recursive=True) if started else []
     command.send_signal(signal.SIGKILL)
     command.wait()
     assert len(ranks) >= 2
@@ -184,7 +190,7 @@ def test_one_run_that_fails_does_not_stop_the_others(tmp_path: Path, raw: Path, 
         re.findall(r"(VGG16_xavier_s0_f\d\d): the loss is nan at epoch 1, step \d+ with learning", failed.stderr)
     )
     assert names
-    assert f"{len(names)} run(s) failed: VGG16_xavier_s0_f" in failed.stderr
+    assert f"0 of 1 training task(s) and {len(names)} run(s) failed" in failed.stderr
     done = {path.parent.name for path in (tmp_path / "study" / "runs").glob("*/done.json")}
     assert not names & done
     assert len([name for name in done if name.startswith("MobileNet-alpha0.25")]) == 6
