@@ -71,9 +71,12 @@ dpkg -x "$work"/packages/apptainer_*.deb "$partial"
 for library in libc6 libseccomp2 libsqlite3-0; do
     dpkg -x "$work/packages/${library}"_*.deb "$work/libraries"
 done
-(cd "$work/libraries/usr/lib/x86_64-linux-gnu" &&
-    cp -a ld-linux-x86-64.so.2 lib{c,m}.so.6 libdl.so.2 libpthread.so.0 libresolv.so.2 lib{rt,util}.so.1 libnss_*.so.2 \
-        libseccomp.so.2* libsqlite3.so.0* "$partial/glibc/")
+# Copied from outside their folder: with an LD_LIBRARY_PATH that has an empty part, cp would load the C library beside it.
+for library in ld-linux-x86-64.so.2 lib{c,m}.so.6 libdl.so.2 libpthread.so.0 libresolv.so.2 lib{rt,util}.so.1 libnss_*.so.2 \
+    libseccomp.so.2* libsqlite3.so.0*; do
+    # shellcheck disable=SC2086
+    cp -a "$work/libraries/usr/lib/x86_64-linux-gnu"/$library "$partial/glibc/"
+done
 # Not a RUNPATH, which loses against the LD_LIBRARY_PATH that Apptainer sets for its own helpers.
 for program in "$partial/usr/bin/apptainer" "$partial/usr/lib/x86_64-linux-gnu/apptainer/bin/starter"; do
     patchelf --set-interpreter "$prefix/glibc/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$prefix/glibc" "$program"
