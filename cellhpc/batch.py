@@ -20,11 +20,10 @@ import submitit
 from cellhpc import slurm
 from cellhpc.errors import UsageError, UserError
 from cellhpc.settings import Job
-from cellhpc.site import Placement, Site, SlurmSettings, Stage, TrainStage
+from cellhpc.site import Site, SlurmSettings, Stage, TrainStage
 from cellhpc.study import StudyFolder
 from cellhpc.submission import LOGS, SlurmJob, Submission, Task
 
-PLACEMENT = tuple(name for name in Placement.model_fields if name != "options")
 UMASKS = {"private": "077", "group": "027"}
 
 AT_END = (Path(__file__).parent / "at_end.sh").read_text()
@@ -175,7 +174,7 @@ def _parameters(
     """Tell submitit everything about a batch."""
     stage_name = tasks[0].stage
     stage = site.stage(stage_name)
-    placed = {name: getattr(stage, name) or getattr(site.slurm, name) for name in PLACEMENT}
+    placed = site.placement(stage_name)
     ranks = tasks[0].ranks
     parameters: dict[str, Any] = {
         "job_name": f"{job.study.name}-{stage_name}",
@@ -186,6 +185,7 @@ def _parameters(
         "ntasks_per_node": ranks // stage.nodes,
         "cpus_per_task": stage.cpus_per_task,
         "mem": f"{round(stage.memory_gb * 1024)}M",
+        **placed.model_dump(include={"account", "partition", "qos", "constraint", "exclude"}),
         "gres": stage.gres,
         "gpus_per_task": stage.gpus_per_task or None,
         "signal_delay_s": stage.signal_seconds if isinstance(stage, TrainStage) else 60,
@@ -194,14 +194,13 @@ def _parameters(
         "srun_args": [f"--kill-on-bad-exit={int(stage_name == 'train')}", f"--cpus-per-task={stage.cpus_per_task}"],
     }
     others: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
-    for name in ("account", "partition", "qos", "constraint", "exclude"):
-        parameters[name] = placed.pop(name)
-    others |= {name: value for name, value in placed.items() if value}
+    if placed.reservation:
+        others["reservation"] = placed.reservation
+    others |= {key.replace("_", "-"): value for key, value in placed.options.items()}
     if site.slurm.mail_user:
         parameters |= {"mail_user": site.slurm.mail_user, "mail_type": site.slurm.mail_type}
     if isinstance(stage, TrainStage):
         parameters["array_parallelism"] = stage.throttle
-    others |= {key.replace("_", "-"): value for key, value in (site.slurm.options | stage.options).items()}
     given = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
     return {**given, "additional_parameters": others}
 

@@ -8,7 +8,6 @@ accounting.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 import submitit
 
 from cellhpc import slurm
-from cellhpc.batch import PLACEMENT, Batch, image_digest, plan_batches
+from cellhpc.batch import Batch, image_digest, plan_batches
 from cellhpc.diagnosis import Check, Diagnosis, Probe, judge
 from cellhpc.errors import UsageError
 from cellhpc.examine import SCONTROL, TOKEN, carry_out, facts
@@ -150,7 +149,7 @@ class _Visit:
                 checks.append(Check(name, f"would be taken, {_place(said)}"))
             except NotAnswered as fault:
                 reason = _reason(str(fault))
-                nodes = _nodes(_placed(self.site, stage)["partition"]) if "configuration" in reason else ""
+                nodes = _nodes(self.site.placement(stage).partition) if "configuration" in reason else ""
                 found = f"would be refused: {reason}" + (f" (nodes there: {nodes})" if nodes else "")
                 checks.append(Check(name, found, "failed", refusal(reason, self.partitions)))
         return checks
@@ -190,7 +189,7 @@ class _Visit:
             if probe.job:
                 probe.error = last_error(self.submission, probe.task)
             if not probe.started:
-                probe.nodes_now = _nodes(_placed(self.site, probe.stage)["partition"])
+                probe.nodes_now = _nodes(self.site.placement(probe.stage).partition)
 
     def cancel(self) -> list[Check]:
         """End what still waits or runs."""
@@ -250,13 +249,13 @@ def plan_probes(site: Site, default: str = "") -> list[Probe]:
     """Plan one small job for all stages that run in the same place; `default` names the default partition."""
     places: dict[str, list[str]] = {}
     for stage in STAGES:
-        places.setdefault(json.dumps(_placed(site, stage), sort_keys=True), []).append(stage)
+        places.setdefault(site.placement(stage).model_dump_json(), []).append(stage)
     probes = []
-    for place, stages in places.items():
+    for stages in places.values():
         trains = "train" in stages
         stage = "train" if trains else stages[0]
         asked = site.stage(stage)
-        partition = json.loads(place)["partition"] or default or "(default)"
+        partition = site.placement(stage).partition or default or "(default)"
         gpus = bool(asked.gpus_per_task or _gpus(asked))
         nodes = small(site).stage(stage).nodes
         probes.append(Probe(task_name(stage, 0), stage, tuple(stages), partition, trains, gpus, nodes))
@@ -292,13 +291,6 @@ def _gpus(stage: Stage) -> int:
     """Count the GPUs of each node that a stage asks for by gres."""
     counts = [int(count) for _, count in _GPUS.findall(stage.gres or "")]
     return sum(counts) or int("gpu" in (stage.gres or ""))
-
-
-def _placed(site: Site, name: str) -> dict[str, Any]:
-    """Tell where a stage's jobs belong: what its section says goes before what holds for all."""
-    stage = site.stage(name)
-    placed: dict[str, Any] = {key: getattr(stage, key) or getattr(site.slurm, key) for key in PLACEMENT}
-    return {**placed, "options": site.slurm.options | stage.options}
 
 
 def _task(site: Site, name: str) -> Task:

@@ -63,8 +63,7 @@ def run_study(job: Job, stages: Sequence[str] = STAGES) -> tuple[StudyPlan, dict
     folder = StudyFolder(job.study.folder)
     with folder.locked():
         plan = plan_study(job)
-        if "convert" not in stages and not plan.converted:
-            raise UsageError(f"{plan.conversion.store} is not converted yet. Type: cellhpc convert JOB.toml")
+        _require_store(plan, stages)
         _refuse_if_submitted(folder)
         claim_study(plan)
         if "convert" in stages:
@@ -74,6 +73,12 @@ def run_study(job: Job, stages: Sequence[str] = STAGES) -> tuple[StudyPlan, dict
             _train_here(plan)
         scores = aggregate_study(plan) if "aggregate" in stages else None
     return plan, scores
+
+
+def _require_store(plan: StudyPlan, stages: Sequence[str]) -> None:
+    """Refuse to go on without a store that none of the stages will make."""
+    if "convert" not in stages and not plan.converted:
+        raise UsageError(f"{plan.conversion.store} is not converted yet. Type: cellhpc convert JOB.toml")
 
 
 def _refuse_if_submitted(folder: StudyFolder) -> None:
@@ -175,7 +180,8 @@ class SubmissionPlan:
 
     def facts(self) -> dict[str, Any]:
         """Numbers of the plan, for `--dry-run`."""
-        tasks, jobs = len(self.tasks), len(self.batches())
+        scripts = self.scripts()
+        tasks, jobs = len(self.tasks), len(scripts)
         ranks = sum(task.ranks for task in self.tasks)
         seconds, source = self.estimate()
         return {
@@ -188,7 +194,7 @@ class SubmissionPlan:
                 "files": 3 + jobs + 4 * tasks + 2 * ranks,
                 "estimate_seconds": seconds,
                 "estimate_from": source,
-                "scripts": self.scripts(),
+                "scripts": scripts,
             },
             "notes": list(self.notes),
         }
@@ -222,7 +228,7 @@ class SubmissionPlan:
         """Tell the plan: every batch script, then the numbers."""
         facts = self.facts()["slurm"]
         lines = []
-        for batch, script in zip(self.batches(), self.scripts(), strict=True):
+        for batch, script in zip(self.batches(), facts["scripts"], strict=True):
             last = batch.first + len(batch.tasks) - 1
             lines += [f"---- {batch.stage}: task {batch.first}" + (f" to {last}" if last > batch.first else ""), script]
         seconds = facts["estimate_seconds"]
@@ -261,8 +267,7 @@ def plan_submission(job: Job, site: Site, stages: Sequence[str] = STAGES) -> Sub
     """
     study = plan_study(job)
     folder = study.folder
-    if "convert" not in stages and not study.converted:
-        raise UsageError(f"{study.conversion.store} is not converted yet. Type: cellhpc convert JOB.toml")
+    _require_store(study, stages)
     ranks, nodes = job.sweep.ranks, site.train.nodes
     if ranks % nodes:
         raise UsageError(f"sweep.ranks = {ranks} can't be spread evenly over train.nodes = {nodes} of the site file.")
@@ -274,7 +279,6 @@ def plan_submission(job: Job, site: Site, stages: Sequence[str] = STAGES) -> Sub
     if "train" in stages:
         names = [run.id for run in study.missing if run.id not in live.runs()]
         tasks += pack(names, ranks, site.train.cpus_per_task, site.train.throttle, job.sweep.runs_per_job)
-    waits = live.jobs("convert") + live.jobs("train")
     if "aggregate" in stages and (tasks or (not live.tasks and not is_aggregated(folder, len(study.runs)))):
         tasks.append(Task(task_name("aggregate", 0), "aggregate", 1, site.aggregate.cpus_per_task))
     notes = []
@@ -283,7 +287,7 @@ def plan_submission(job: Job, site: Site, stages: Sequence[str] = STAGES) -> Sub
     except slurm.NotAnswered as fault:
         most = DEFAULT_ARRAY_SIZE
         notes.append(f"Slurm could not be asked for MaxArraySize ({fault}); {most} is taken.")
-    running = {stage: ids for stage in ("convert", "train") if (ids := live.jobs(stage))} if waits else {}
+    running = {stage: ids for stage in ("convert", "train") if (ids := live.jobs(stage))}
     superseded = tuple(live.jobs("aggregate")) if tasks else ()
     return SubmissionPlan(
         study, site, tuple(tasks), next_folder(folder), most, image_digest(site), running, superseded, tuple(notes)
@@ -322,7 +326,7 @@ def submit_study(job: Job, site: Site, stages: Sequence[str] = STAGES) -> tuple[
 def cancel_study(path: Path) -> list[str]:
     """End everything of a study that waits or runs; returns what was ended.
 
-    Runs leave checkpoints where the time allows, and `resume_study` goes on.
+    Runs leave checkpoints where the time allows, and `cellhpc resume` goes on.
     """
     study, _ = open_study(path)
     live = live_tasks(study)

@@ -21,9 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cellhpc.hosts import MEETING, RANK, RANKS
-from cellhpc.ledger import read_json, write_json, write_text
-from cellhpc.submission import CHECKPOINTED, DONE
+from cellhpc.hosts import RANK, RANKS
+from cellhpc.ledger import read_json, write_json
+from cellhpc.submission import CHECKPOINTED, mark_done, rank_of_slurm
 
 TOKEN = "token"  # noqa: S105
 """File of the work folder, written where the command is typed and read by every rank."""
@@ -56,13 +56,12 @@ def carry_out(submission: str, task: str, trains: bool) -> None:
     its second start only says that it came.
     """
     folder = Path(submission)
-    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    attempt = folder / task / f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    attempt = rank_of_slurm(folder, task)
+    rank, size = int(os.environ[RANK]), int(os.environ[RANKS])
     if any((folder / task).glob(f"*/{CHECKPOINTED}")):
         if rank == 0:
-            write_text(attempt / DONE, "0\n")
+            mark_done(attempt, 0)
         return
-    os.environ.update({RANK: str(rank), RANKS: str(size), MEETING: str(attempt)})
     answer = _Answer(attempt / f"answer-{rank}.json", rank=rank)
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, answer.stop)
@@ -82,7 +81,7 @@ def carry_out(submission: str, task: str, trains: bool) -> None:
     if rank == 0 and trains and _can_requeue(attempt):
         (attempt / CHECKPOINTED).touch()
     elif rank == 0:
-        write_text(attempt / DONE, "0\n")
+        mark_done(attempt, 0)
 
 
 class _Answer:

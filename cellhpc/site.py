@@ -159,6 +159,12 @@ class Site(Settings):
         """Resources of the stage `convert`, `train` or `aggregate`."""
         return {"convert": self.convert, "train": self.train, "aggregate": self.aggregate}[name]
 
+    def placement(self, name: str) -> Placement:
+        """Where a stage's jobs belong: what its section says goes before what `[slurm]` says for all."""
+        stage = self.stage(name)
+        placed = {key: getattr(stage, key) or getattr(self.slurm, key) for key in Placement.model_fields}
+        return Placement.model_construct(**placed | {"options": self.slurm.options | stage.options})
+
 
 def load_site(path: Path | str, overrides: Sequence[str] = ()) -> Site:
     """Read a site file.

@@ -43,12 +43,7 @@ def ask(*words: str) -> str:
     NotAnswered
         It is not installed here, failed, or took too long.
     """
-    if shutil.which(words[0]) is None:
-        raise NotAnswered(f"{words[0]} is not on PATH here. Type this on a login node of the cluster.")
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise NotAnswered(f"{words[0]} did not answer within {ANSWER_SECONDS:.0f} s") from None
+    done = _run(words)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
         raise NotAnswered(f"{words[0]}: {said[-1].removeprefix(words[0] + ': ')}")
@@ -57,19 +52,7 @@ def ask(*words: str) -> str:
 
 def test(script: str) -> str:
     """Ask Slurm whether it would take a batch script, and when it could start; nothing is queued."""
-    if shutil.which("sbatch") is None:
-        raise NotAnswered("sbatch is not on PATH here. Type this on a login node of the cluster.")
-    try:
-        done = subprocess.run(
-            ["sbatch", "--test-only"],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise NotAnswered(f"sbatch did not answer within {ANSWER_SECONDS:.0f} s") from None
+    done = _run(("sbatch", "--test-only"), script)
     said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     if done.returncode:
         raise NotAnswered(said)
@@ -139,6 +122,16 @@ def configuration() -> dict[str, str]:
 def max_array_size() -> int:
     """Most elements of one array: its largest index is below Slurm's MaxArraySize."""
     return int(configuration()["MaxArraySize"])
+
+
+def _run(words: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a client of Slurm; `text` is its input."""
+    if shutil.which(words[0]) is None:
+        raise NotAnswered(f"{words[0]} is not on PATH here. Type this on a login node of the cluster.")
+    try:
+        return subprocess.run(words, input=text, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise NotAnswered(f"{words[0]} did not answer within {ANSWER_SECONDS:.0f} s") from None
 
 
 def _indices(text: str) -> list[int]:

@@ -20,7 +20,7 @@ from cellhpc.errors import UsageError
 from cellhpc.folds import read_folds
 from cellhpc.ledger import done_digest, read_json
 from cellhpc.record import content_digest, is_store, read_record
-from cellhpc.settings import Job, parse_job
+from cellhpc.settings import Job
 from cellhpc.slurm import JobState, NotAnswered
 from cellhpc.study import StudyFolder
 from cellhpc.submission import LOGS, Submission, ends, submissions
@@ -162,7 +162,7 @@ def open_study(path: Path) -> tuple[StudyFolder, Job]:
     study = StudyFolder(path.expanduser().absolute())
     if not study.job.is_file():
         raise UsageError(f"{path}: no study of cellhpc is there (no job.json). Name a job file's study.folder.")
-    return study, parse_job(read_json(study.job), str(study.job))
+    return study, study.read_job()
 
 
 def live_tasks(study: StudyFolder) -> Live:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cellhpc.errors import UsageError
 from cellhpc.ledger import held, read_json, write_json
-from cellhpc.settings import Job
+from cellhpc.settings import Job, parse_job
 
 LOCK = ".lock"
 FIXED_SECTIONS = ("screen", "convert", "folds", "train")
@@ -53,6 +53,10 @@ class StudyFolder:
     def results(self) -> Path:
         """Scores, tables, figures and the report."""
         return self.path / "results"
+
+    def read_job(self) -> Job:
+        """Read the resolved job file."""
+        return parse_job(read_json(self.job), str(self.job))
 
     def store(self, job: Job) -> Path:
         """Folder of the converted store."""

@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from cellhpc.hosts import MEETING, RANK, RANKS
 from cellhpc.ledger import read_json, write_json, write_text
 from cellhpc.study import StudyFolder
 
@@ -177,6 +178,19 @@ def read_submission(folder: Path) -> Submission:
     record = read_json(folder / RECORD)
     jobs = tuple(SlurmJob(**job) for job in record.pop("jobs"))
     return Submission(folder, record.pop("executor"), jobs, record)
+
+
+def rank_of_slurm(submission: Path, task: str) -> Path:
+    """Tell this process which rank of a task it is, as Slurm says it; returns the attempt's folder."""
+    environ = os.environ
+    attempt = submission / task / f"{environ['SLURM_JOB_ID']}-{environ.get('SLURM_RESTART_COUNT', '0')}"
+    environ.update({RANK: environ["SLURM_PROCID"], RANKS: environ["SLURM_NTASKS"], MEETING: str(attempt)})
+    return attempt
+
+
+def mark_done(attempt: Path, code: int) -> None:
+    """Leave the marker of a task that did all that it could, with the exit code that it ends with."""
+    write_text(attempt / DONE, f"{code}\n")
 
 
 @dataclass(frozen=True)

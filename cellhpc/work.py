@@ -28,14 +28,13 @@ from cellhpc.convert.execute import ConversionStopped
 from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
-from cellhpc.hosts import MEETING, RANK, RANKS
-from cellhpc.ledger import provenance, read_json, write_json, write_text
+from cellhpc.hosts import RANK
+from cellhpc.ledger import provenance, read_json, write_json
 from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
 from cellhpc.ranks import RankLost, Ranks, joined
-from cellhpc.settings import parse_job
 from cellhpc.study import StudyFolder
-from cellhpc.submission import CHECKPOINTED, DONE, Submission, Task, read_submission
+from cellhpc.submission import CHECKPOINTED, Submission, Task, mark_done, rank_of_slurm, read_submission
 from cellhpc.sweep import Run, plan_runs
 from cellhpc.tiles import Store
 from cellhpc.train import Interrupted, RunFailed, Superseded, Trainer, Watch, load_data, train_run
@@ -46,9 +45,7 @@ IDLE_STOPS = 3
 
 def carry_out(study: str, submission: str, task: str) -> None:
     """Be one rank of a task that Slurm started; all it needs to know is in the study's folder and the environment."""
-    job = os.environ["SLURM_JOB_ID"]
-    attempt = Path(submission) / task / f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    os.environ.update({RANK: os.environ["SLURM_PROCID"], RANKS: os.environ["SLURM_NTASKS"], MEETING: str(attempt)})
+    attempt = rank_of_slurm(Path(submission), task)
     code = be_rank(StudyFolder(Path(study)), Path(submission), task, attempt)
     sys.stdout.flush()
     if code:
@@ -74,7 +71,7 @@ def be_rank(study: StudyFolder, submission_folder: Path, name: str, attempt: Pat
             if isinstance(stopped, Interrupted):
                 (attempt / CHECKPOINTED).touch()
             else:
-                _mark_done(attempt, 0)
+                mark_done(attempt, 0)
         return 0
     except RankLost as fault:
         # Horovod can't be used again, not even to leave it; the marker is missing, and all start anew.
@@ -84,16 +81,11 @@ def be_rank(study: StudyFolder, submission_folder: Path, name: str, attempt: Pat
         said = str(fault) if isinstance(fault, UserError) else traceback.format_exc()
         print(f"cellhpc: {said}", flush=True)
         _record(report, fault, attempt)
-        _mark_done(attempt, 1)
+        mark_done(attempt, 1)
         return 1
     if rank == 0:
-        _mark_done(attempt, int(bool(failed)))
+        mark_done(attempt, int(bool(failed)))
     return 0
-
-
-def _mark_done(attempt: Path, code: int) -> None:
-    """Leave the marker of a task that did all that it could, with the exit code that it ends with."""
-    write_text(attempt / DONE, f"{code}\n")
 
 
 def _watched() -> Watch:
@@ -137,7 +129,7 @@ def _convert(study: StudyFolder, submission: Submission, task: Task, attempt: Pa
         serve(attempt)
         return []
     try:
-        convert_study(plan_study(parse_job(read_json(study.job), str(study.job))), lambda: watch.stop_asked)
+        convert_study(plan_study(study.read_job()), lambda: watch.stop_asked)
     except ConversionStopped as stopped:
         raise Interrupted(str(stopped)) from None
     finally:
@@ -146,7 +138,7 @@ def _convert(study: StudyFolder, submission: Submission, task: Task, attempt: Pa
 
 
 def _aggregate(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
-    plan = plan_study(parse_job(read_json(study.job), str(study.job)))
+    plan = plan_study(study.read_job())
     print("\n".join(aggregate_study(plan)["headline"]), flush=True)
     return []
 
@@ -154,7 +146,7 @@ def _aggregate(study: StudyFolder, submission: Submission, task: Task, attempt: 
 def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
     """Train the runs of a task, one after the other; returns the names of those that failed."""
     _prepare_tensorflow(task.threads)
-    job = parse_job(read_json(study.job), str(study.job))
+    job = study.read_job()
     watch.checkpoint_seconds = job.sweep.checkpoint_minutes * 60
     folds = read_folds(study.folds)
     store = Store.open(study.store(job))
