@@ -18,12 +18,6 @@ from cellhpc.attempts import finished, newest
 from cellhpc.ledger import read_json
 from slurm.cluster import LocalCluster
 
-SCREEN = {
-    "seed": 3, "size_px": [64, 80], "cell_px": 14, "moas": 2, "compounds_per_moa": 2, "concentrations": 1,
-    "labelled_concentrations": 1, "weeks": 1, "plate_sets": 1, "control_wells": 1, "fill": "false",
-}  # fmt: skip
-"""Four compounds: four folds."""
-
 JOB = """
 [study]
 name = "night"

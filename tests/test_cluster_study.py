@@ -16,19 +16,16 @@ import pytest
 
 from cellhpc.ledger import read_json
 from slurm.cluster import LocalCluster
-from tests.night import SCREEN, Night, here, same
+from tests.night import Night, here, same
 from tests.slurm_cluster import require_slurm
+from tests.small_screen import make_small_screen
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory, cellhpc) -> Path:  # type: ignore[no-untyped-def]
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic screen of four compounds."""
     require_slurm()
-    folder = tmp_path_factory.mktemp("screen") / "raw"
-    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
-    made = cellhpc("synth", "bbbc021", folder, "--preset", "demo", *words)
-    assert made.returncode == 0, made.stderr
-    return folder
+    return make_small_screen(tmp_path_factory.mktemp("screen") / "raw")
 
 
 class Watcher:

@@ -19,11 +19,7 @@ import pytest
 from cellhpc.attempts import finished as finished_run
 from cellhpc.ledger import read_json
 from tests.conftest import Cellhpc
-
-SCREEN = {
-    "seed": 3, "size_px": [64, 80], "cell_px": 14, "moas": 3, "compounds_per_moa": 2, "concentrations": 1,
-    "labelled_concentrations": 1, "weeks": 1, "plate_sets": 1, "control_wells": 1, "fill": "false",
-}  # fmt: skip
+from tests.small_screen import make_small_screen
 
 JOB = """
 [study]
@@ -46,13 +42,9 @@ ranks = 2
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory, cellhpc: Cellhpc) -> Path:
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic screen of six compounds."""
-    folder = tmp_path_factory.mktemp("screen") / "raw"
-    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
-    made = cellhpc("synth", "bbbc021", folder, "--preset", "demo", *words)
-    assert made.returncode == 0, made.stderr
-    return folder
+    return make_small_screen(tmp_path_factory.mktemp("screen") / "raw", moas=3)
 
 
 def job_file(folder: Path, raw: Path) -> Path:

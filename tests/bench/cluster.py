@@ -25,7 +25,8 @@ import psutil
 
 from cellhpc.ledger import read_json
 from slurm.cluster import LocalCluster
-from tests.night import SCREEN, Night, here
+from tests.night import Night, here
+from tests.small_screen import make_small_screen
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("slurm", "faults", "container", "array", "limit")
@@ -204,7 +205,7 @@ def main() -> None:
 
 def _array(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
     """44 tiny runs in 11 elements of an array, of which at most two run at a time."""
-    night = Night(cluster, top / "array", _small_screen(top), top / "store", epochs=1)
+    night = Night(cluster, top / "array", make_small_screen(top / "small"), top / "store", epochs=1)
     began = time.monotonic()
     settings = ["--set", f"sweep.seeds={list(range(11))}", "--set", "sweep.runs_per_job=4"]
     night.submit("run", *settings, train={"throttle": 2})
@@ -218,7 +219,7 @@ def _array(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
 
 def _limit(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
     """Four runs in one job with a limit of a minute: stopped, queued again and continued, until all are done."""
-    raw, epochs = _small_screen(top), 150
+    raw, epochs = make_small_screen(top / "small"), 150
     expected = here(top / "limit-here", raw, top / "store", 1, epochs)
     night = Night(cluster, top / "limit", raw, top / "store", epochs=epochs)
     began = time.monotonic()
@@ -227,14 +228,6 @@ def _limit(cluster: LocalCluster, top: Path) -> tuple[float, dict[str, Any]]:
     found = night.predictions()
     equal = found.keys() == expected.keys() and all(found[name].equals(expected[name]) for name in found)
     return time.monotonic() - began, {"same": equal, "stopped": night.ends().count("checkpointed")}
-
-
-def _small_screen(top: Path) -> Path:
-    """A screen of four compounds."""
-    raw = top / "small"
-    words = [word for key, value in SCREEN.items() for word in ("--set", f"{key}={value}")]
-    cellhpc(dict(os.environ), "synth", "bbbc021", raw, "--preset", "demo", *words)
-    return raw
 
 
 if __name__ == "__main__":

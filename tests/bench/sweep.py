@@ -23,9 +23,9 @@ from cellhpc.ledger import read_json
 from cellhpc.settings import load_job
 from cellhpc.site import parse_site
 from cellhpc.study import StudyFolder
-from cellhpc.synth import choose, synth
 from slurm.cluster import LocalCluster
-from tests.night import SCREEN, Night
+from tests.night import Night
+from tests.small_screen import make_small_screen
 
 SIZES = (10, 100, 1_000, 10_000)
 RUNS_PER_JOB = 10
@@ -88,8 +88,7 @@ def main() -> None:
         sys.exit(f"sweep: {reason}")
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
-        raw, store = top / "raw", top / "store"
-        synth(raw, choose("bbbc021", "demo", {**SCREEN, "fill": False}), None)
+        raw, store = make_small_screen(top / "raw"), top / "store"
         rows = []
         with LocalCluster(top / "cluster", nodes=3, cpus=4) as cluster:
             os.environ.update(cluster.env)
