@@ -36,8 +36,8 @@ real: env  ## the 660 real BBBC021 fields in $CELLHPC_DATA, pre-trained against 
 container:  ## the CPU image for Apptainer: containers/cellhpc-cpu.sif
 	containers/build.sh cpu
 
-test: env  ## the tests
-	$(IN_VENV)pytest
+test: env  ## the tests, two files at a time
+	$(IN_VENV)pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: env  ## ruff and mypy
 	$(IN_VENV)ruff check .

@@ -49,7 +49,7 @@ for package in patchelf squashfs-tools debootstrap squashfuse fuse-overlayfs fak
 done
 if [ ${#missing[@]} != 0 ]; then
     [ "$root" = yes ] || fail "Apptainer works with packages that are not here. Ask who has root: apt-get install ${missing[*]}"
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" ||
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 "${missing[@]}" ||
         fail "apt-get could not install ${missing[*]}. Are its lists there? apt-get update"
 fi
 

@@ -37,5 +37,5 @@ if [ ! -e "$policy" ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q || echo "slurm/install.sh: the package lists could not be refreshed; trying those that are here" >&2
-apt-get install -y -q --no-install-recommends "${missing[@]}"
+apt-get install -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 "${missing[@]}"
 echo "installed: ${missing[*]}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,9 @@ def require_slurm(accounting: bool = False, root: bool = True) -> None:
         pytest.skip("nodes that are hosts of their own need root")
     in_ci = os.environ.get("CI") == "true" and os.geteuid() == 0 and bool(shutil.which("apt-get"))
     if LocalCluster.can_run(accounting) and in_ci:
-        subprocess.run([INSTALL, *["--accounting"] * accounting], check=True, timeout=540)
+        with (Path(tempfile.gettempdir()) / "cellhpc-tests-install.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes, and apt in one
+            subprocess.run([INSTALL, *["--accounting"] * accounting], check=True, timeout=540)
     if reason := LocalCluster.can_run(accounting):
         (pytest.fail if in_ci else pytest.skip)(reason)
 
