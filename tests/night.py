@@ -62,7 +62,7 @@ class Night:
             check=False,
         )
 
-    def submit(self, command: str = "run", *words: object, **sections: dict[str, Any]) -> None:
+    def submit(self, command: str = "train", *words: object, **sections: dict[str, Any]) -> None:
         """Submit the study, with a site file of these sections."""
         site: dict[str, dict[str, Any]] = {"convert": {}, "train": {"throttle": 1}, "aggregate": {}}
         site |= {name: site.get(name, {}) | keys for name, keys in sections.items()}
@@ -101,13 +101,13 @@ class Night:
         return found[0]
 
     def until_done(self, seconds: float = 240) -> None:
-        """Wait until every run is done and the scores are written."""
+        """Wait until every run is done and nothing waits or runs."""
 
         def done() -> bool:
             queue = self.cluster.run("squeue", "-h").stdout.split()
-            return self.status()["complete"] if not queue else False
+            return not queue and {run["state"] for run in self.status()["runs"]} == {"done"}
 
-        until("the study is done", done, seconds, self.last_words)
+        until("every run is done", done, seconds, self.last_words)
 
     def until_quiet(self, seconds: float = 240) -> dict[str, Any]:
         """Wait until nothing of it waits or runs; returns the status."""
@@ -146,12 +146,14 @@ def until(what: str, test: Callable[[], bool], seconds: float, words: Callable[[
         time.sleep(0.3)
 
 
-def here(folder: Path, raw: Path, store: Path, ranks: int, epochs: int) -> dict[str, pd.DataFrame]:
+def here(
+    folder: Path, raw: Path, store: Path, ranks: int, epochs: int, command: str = "run"
+) -> dict[str, pd.DataFrame]:
     """Predictions of the same study, undisturbed, on this machine without Slurm."""
     folder.mkdir(parents=True)
     job = folder / "job.toml"
     job.write_text(JOB.format(folder=folder, raw=raw, store=store, ranks=ranks, epochs=epochs))
-    words = [sys.executable, "-m", "cellhpc.cli", "run", str(job)]
+    words = [sys.executable, "-m", "cellhpc.cli", command, str(job)]
     cores = sorted(os.sched_getaffinity(0))[:ranks]  # a thread for each rank, as the cluster's tasks have
     done = subprocess.run(
         words, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores), check=False

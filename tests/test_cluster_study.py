@@ -68,7 +68,7 @@ def test_a_study_on_two_hosts_is_the_study_on_one_and_closed_to_others(
     night = Night(whole_cluster, tmp_path, raw, tmp_path / "store", ranks=2, epochs=3)
     watcher = Watcher(night)
     with watcher.watching():
-        night.submit(convert={"nodes": 2, "tasks_per_node": 1}, train={"nodes": 2})
+        night.submit("run", convert={"nodes": 2, "tasks_per_node": 1}, train={"nodes": 2})
         night.until_done()
     hosts = {read_json(path)["host"] for path in (night.study / "jobs").glob("*/train-0000/*/rank-*.json")}
     assert len(hosts) == 2

@@ -19,7 +19,8 @@ import pytest
 from cellhpc.attempts import finished
 from cellhpc.ledger import read_json
 from slurm.cluster import LocalCluster
-from tests.night import Night, here, same, until
+from tests.conftest import Cellhpc
+from tests.night import JOB, Night, here, same, until
 from tests.slurm_cluster import require_slurm, submit, wait_for_job
 from tests.small_screen import make_small_screen
 
@@ -34,16 +35,21 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that all studies share; the first one converts into it."""
-    return tmp_path_factory.mktemp("shared") / "store"
+def store(tmp_path_factory: pytest.TempPathFactory, raw: Path, cellhpc: Cellhpc) -> Path:
+    """The converted screen, which all studies share."""
+    folder = tmp_path_factory.mktemp("shared")
+    job = folder / "job.toml"
+    job.write_text(JOB.format(folder=folder, raw=raw, store=folder / "store", ranks=1, epochs=1))
+    converted = cellhpc("convert", job)
+    assert converted.returncode == 0, converted.stderr
+    return folder / "store"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, raw: Path, store: Path) -> dict[int, dict[str, pd.DataFrame]]:
     """Predictions of the study on one and on two ranks, without Slurm and without faults."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return {ranks: here(folder / str(ranks), raw, store, ranks, EPOCHS) for ranks in (1, 2)}
+    return {ranks: here(folder / str(ranks), raw, store, ranks, EPOCHS, "train") for ranks in (1, 2)}
 
 
 def test_a_training_that_is_told_to_stop_goes_on_where_it_was(
@@ -125,7 +131,7 @@ def test_a_node_that_is_cut_off_can_not_overwrite_what_its_successor_writes(
     until("the one that was cut off ended", lambda: not _alive(zombie), 60, night.last_words)
     assert _files(night.study / "runs") == before
     whole_cluster.mend(attempt["host"])
-    assert night.until_quiet()["complete"]
+    night.until_done()
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -181,14 +187,13 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
 
 
 def test_a_bug_in_one_run_fails_that_run_with_its_reason_and_no_other(
-    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path
 ) -> None:
     """The weights of one initialisation are damaged; what is left of the task is done on two ranks all the same."""
     night = Night(whole_cluster, tmp_path, raw, store, ranks=2, epochs=EPOCHS)
     (tmp_path / "damaged.h5").write_bytes(b"not weights")
     weights = f'sweep.weights=["{tmp_path}/damaged.h5", "xavier"]'
-    folds = "screen.compounds=[]"
-    night.submit("run", "--set", weights, "--set", folds, train={"nodes": 2, "restarts": 0})
+    night.submit("train", "--set", weights, train={"nodes": 2, "restarts": 0})
     status = night.until_quiet()
     failed = [run for run in status["runs"] if run["state"] == "failed"]
     assert failed
@@ -199,7 +204,7 @@ def test_a_bug_in_one_run_fails_that_run_with_its_reason_and_no_other(
 
 
 def test_a_job_that_needs_more_memory_than_it_has_fails_with_that_reason(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, object]
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path
 ) -> None:
     with LocalCluster(tmp_path_factory.mktemp("strict"), nodes=1, cpus=2, memory_limit=True) as cluster:
         night = Night(cluster, tmp_path, raw, store, epochs=EPOCHS)
@@ -208,12 +213,12 @@ def test_a_job_that_needs_more_memory_than_it_has_fails_with_that_reason(
         reasons = {run["reason"] for run in status["runs"] if run["state"] in ("failed", "missing")}
         assert reasons
         assert all("memory" in reason.lower() for reason in reasons), (reasons, night.last_words())
-        night.submit("run", train={"memory_gb": 4})
+        night.submit(train={"memory_gb": 4})
         night.until_done()
 
 
 def test_a_full_disk_fails_the_run_with_that_reason_and_leaves_what_was_good(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, object]
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
