@@ -104,10 +104,6 @@ class Attempt:
         """Folder of the attempt, in which nothing else writes."""
         return self.unit / self.name
 
-    def is_current(self) -> bool:
-        """Tell whether no newer attempt has begun and the folder is still there."""
-        return max(_numbers(self.unit), default=0) == self.number
-
     def require_current(self) -> None:
         """Raise `Superseded` if a newer attempt has begun, or the folder was removed."""
         newest = max(_numbers(self.unit), default=0)
@@ -181,6 +177,9 @@ class Attempt:
                 ):  # a network file system may list newer folders late
                     raise Superseded(f"attempt {self.name} of {self.unit.name} was superseded by {published}")
                 marker.unlink(missing_ok=True)  # left late by an older attempt, which had other settings
+        except FileNotFoundError:
+            self.require_current()  # a successor may have finished, and removed this folder, in the meantime
+            raise
         finally:
             draft.unlink(missing_ok=True)
         for folder in self.earlier():

@@ -7,10 +7,12 @@ queued again, at most `restarts` times), `cancelled`, or `setup` (a line of the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ UMASKS = {"private": "077", "group": "027"}
 
 AT_END = (Path(__file__).parent / "at_end.sh").read_text()
 """What a batch script does when its task ends."""
+_ON_EACH_NODE = "timeout 20 srun --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ class Batch:
         from cellhpc import work  # with all that a task needs: half a second that a plan can do without
 
         executor = self.executor(submission.folder, dependency)
+        # A job that submits (a notebook on a node) must not hand its own SLURM_* on.
         arguments = [(str(study.path), str(submission.folder), task.name) for task in self.tasks]
         try:
-            jobs = executor.map_array(work.carry_out, *zip(*arguments, strict=True))
+            with _outside_of_a_job():
+                jobs = executor.map_array(work.carry_out, *zip(*arguments, strict=True))
         except submitit.core.utils.FailedJobError as fault:
             said = [line for line in str(fault).splitlines() if line.strip()]
             raise UserError(
@@ -91,6 +96,20 @@ class Batch:
         return executor
 
 
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide what Slurm told the job that we may run in: the new jobs would take it for theirs."""
+    known = dict(os.environ)
+    if "SLURM_JOB_ID" in known:
+        for name in known:
+            if name.startswith("SLURM_") and name != "SLURM_CONF":
+                del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(known)
+
+
 class _Executor(submitit.SlurmExecutor):
     """Submitit's, which can also write a batch script on a machine that has no Slurm."""
 
@@ -100,7 +119,14 @@ class _Executor(submitit.SlurmExecutor):
 
 
 def plan_batches(
-    study: StudyFolder, job: Job, site: Site, tasks: Sequence[Task], folder: Path, most: int, image: str | None
+    study: StudyFolder,
+    job: Job,
+    site: Site,
+    tasks: Sequence[Task],
+    folder: Path,
+    most: int,
+    image: str | None,
+    known_as: str = "",
 ) -> list[Batch]:
     """Divide tasks into calls of sbatch, in the order of the stages.
 
@@ -116,23 +142,21 @@ def plan_batches(
         Most elements of one array (Slurm's MaxArraySize).
     image
         Name and digest of the container's image.
+    known_as
+        Id of the submission, which its jobs carry in their comment.
     """
     batches = []
     present = [stage for stage in ("convert", "train", "aggregate") if any(task.stage == stage for task in tasks)]
     for stage in present:
         own = [task for task in tasks if task.stage == stage]
-        for first in range(0, len(own), most):
+        python, after = _python(study, job, site, stage), _after(stage, present)
+        starts = range(0, len(own), most)
+        for number, first in enumerate(starts):
             group = tuple(own[first : first + most])
-            batches.append(
-                Batch(
-                    stage,
-                    group,
-                    first,
-                    _parameters(study, job, site, group, folder, first, image),
-                    _python(study, job, site, stage),
-                    _after(stage, present),
-                )
-            )
+            parameters = _parameters(study, job, site, group, folder, first, image, known_as)
+            if stage == "train":  # arrays that were split share the throttle
+                parameters["array_parallelism"] = max(1, (site.train.throttle + number) // len(starts))
+            batches.append(Batch(stage, group, first, parameters, python, after))
     return batches
 
 
@@ -169,7 +193,14 @@ def _dependency(batch: Batch, ids: dict[str, list[str]]) -> str | None:
 
 
 def _parameters(
-    study: StudyFolder, job: Job, site: Site, tasks: Sequence[Task], folder: Path, first: int, image: str | None
+    study: StudyFolder,
+    job: Job,
+    site: Site,
+    tasks: Sequence[Task],
+    folder: Path,
+    first: int,
+    image: str | None,
+    known_as: str,
 ) -> dict[str, Any]:
     """Tell submitit everything about a batch."""
     stage_name = tasks[0].stage
@@ -178,7 +209,7 @@ def _parameters(
     ranks = tasks[0].ranks
     parameters: dict[str, Any] = {
         "job_name": f"{job.study.name}-{stage_name}",
-        "comment": f"cellhpc {job.study.name} {folder.name}",
+        "comment": f"cellhpc:{job.study.name}:{folder.name}:{known_as}",
         "wckey": None,
         "time": stage.time,
         "nodes": stage.nodes,
@@ -196,11 +227,10 @@ def _parameters(
     others: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
     if placed.reservation:
         others["reservation"] = placed.reservation
-    others |= {key.replace("_", "-"): value for key, value in placed.options.items()}
+    # What is false is left out: so a stage takes back what [slurm] says.
+    others |= {key.replace("_", "-"): value for key, value in placed.options.items() if value is not False}
     if site.slurm.mail_user:
         parameters |= {"mail_user": site.slurm.mail_user, "mail_type": site.slurm.mail_type}
-    if isinstance(stage, TrainStage):
-        parameters["array_parallelism"] = stage.throttle
     given = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
     return {**given, "additional_parameters": others}
 
@@ -217,9 +247,15 @@ def _setup(
         lines += ["module purge || exit 1", f"module load {shlex.join(slurm_site.modules)} || exit 1"]
     lines += slurm_site.setup
     if site.scratch.folder:
-        lines += [f'export TMPDIR="{site.scratch.folder}"', 'mkdir -p "$TMPDIR" || exit 1']
-    if image:
-        lines.append(f"export CELLHPC_IMAGE={shlex.quote(image)}")
+        lines += [
+            f'export TMPDIR="{site.scratch.folder}/cellhpc-$attempt"',
+            f'each="{_ON_EACH_NODE}"',
+            '[ "$SLURM_JOB_NUM_NODES" -gt 1 ] || each=',
+            '$each mkdir -p -m 700 "$TMPDIR" || exit 1',
+            'remove_scratch() { $each rm -rf "$TMPDIR" || rm -rf "$TMPDIR"; }',
+        ]
+    if image and site.container:
+        lines += [f"export CELLHPC_IMAGE={shlex.quote(image)}", *_same_image(site.container.image)]
     return [*lines, "how=crashed"]
 
 
@@ -245,6 +281,17 @@ def _own_folders(study: StudyFolder, job: Job) -> list[str]:
     paths += [Path(weights).parent for weights in job.sweep.weights if Path(weights).is_absolute()]
     found = sorted({path for given in paths for path in (given, given.resolve())})
     return [str(path) for path in found if not any(other in path.parents for other in found)]
+
+
+def _same_image(image: Path) -> list[str]:
+    """Lines that end a job whose image is no longer the one that was submitted: its digest would name another."""
+    path, state = shlex.quote(str(image)), image.stat() if image.is_file() else None
+    if state is None:
+        return []
+    return [
+        f'[ "$(stat -L -c "%s %Y" {path})" = "{state.st_size} {int(state.st_mtime)}" ] || '
+        '{ echo "cellhpc: the image was changed after this was submitted; type: cellhpc resume STUDY"; exit 1; }'
+    ]
 
 
 def image_digest(site: Site) -> str | None:

@@ -148,7 +148,15 @@ def aggregate(**options: Any) -> None:
 @_takes_study
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", is_flag=True, help="Look again every few seconds, until nothing of it waits or runs.")
-@click.option("--every", "every_s", default=5.0, show_default=True, metavar="SECONDS", help="How often to look.")
+@click.option(
+    "--every",
+    "every_s",
+    type=click.FloatRange(min=0.1),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often to look.",
+)
 def status(study: Path, as_json: bool, watch: bool, every_s: float) -> None:
     """Show what a study is doing: every stage and run. Exit code 0 only if all is done."""
     from cellhpc.board import render_status

@@ -15,7 +15,7 @@ from typing import Any
 from cellhpc import slurm
 from cellhpc.attempts import finished, newest
 from cellhpc.batch import UMASKS, Batch, image_digest, plan_batches, submit
-from cellhpc.errors import UsageError, UserError
+from cellhpc.errors import UsageError, UserError, listing
 from cellhpc.launch import run_here
 from cellhpc.ledger import read_json, write_json
 from cellhpc.pipeline import STAGES, StudyPlan, aggregate_study, check_networks, claim_study, convert_study, plan_study
@@ -25,6 +25,7 @@ from cellhpc.site import Site
 from cellhpc.status import is_aggregated, live_tasks, open_study, submitted_tasks
 from cellhpc.study import StudyFolder
 from cellhpc.submission import (
+    CANCELLED,
     Submission,
     Task,
     new_submission,
@@ -171,11 +172,11 @@ class SubmissionPlan:
     superseded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def batches(self, folder: Path | None = None) -> list[Batch]:
-        """List the calls of sbatch that carry out the tasks, for the submission in `folder`."""
+    def batches(self, folder: Path | None = None, known_as: str = "") -> list[Batch]:
+        """List the calls of sbatch that carry out the tasks, for the submission in `folder` of this id."""
         study = self.study
         return plan_batches(
-            study.folder, study.job, self.site, self.tasks, folder or self.folder, self.most, self.image
+            study.folder, study.job, self.site, self.tasks, folder or self.folder, self.most, self.image, known_as
         )
 
     def facts(self) -> dict[str, Any]:
@@ -272,6 +273,8 @@ def plan_submission(job: Job, site: Site, stages: Sequence[str] = STAGES) -> Sub
     if ranks % nodes:
         raise UsageError(f"sweep.ranks = {ranks} can't be spread evenly over train.nodes = {nodes} of the site file.")
     live = submitted_tasks(folder)
+    if ending := [task.name for task in live.tasks if task.job.state == "COMPLETING"]:
+        raise UserError(f"{len(ending)} task(s) are just ending ({listing(ending)}). Type the same in a minute.")
     tasks: list[Task] = []
     if "convert" in stages and not study.converted and not live.jobs("convert"):
         size = site.convert.nodes * site.convert.tasks_per_node
@@ -308,7 +311,7 @@ def submit_study(job: Job, site: Site, stages: Sequence[str] = STAGES) -> tuple[
         if not plan.tasks:
             return plan, None
         if plan.notes:
-            raise UserError("\n".join(plan.notes))
+            raise UserError("\n".join(["Nothing was submitted. Type the same again where Slurm answers.", *plan.notes]))
         os.umask(int(UMASKS[site.slurm.share], 8))
         claim_study(plan.study)
         folder.open_to(site.slurm.share)
@@ -316,7 +319,9 @@ def submit_study(job: Job, site: Site, stages: Sequence[str] = STAGES) -> tuple[
         submission = new_submission(folder, "slurm", plan.tasks)
         slurm.cancel(plan.superseded)
         try:
-            submission = submit(folder, submission, plan.batches(submission.folder), plan.running)
+            submission = submit(
+                folder, submission, plan.batches(submission.folder, submission.about["id"]), plan.running
+            )
         except UserError:
             slurm.cancel([job.id for job in read_submission(submission.folder).jobs])
             raise
@@ -330,6 +335,8 @@ def cancel_study(path: Path) -> list[str]:
     """
     study, _ = open_study(path)
     live = live_tasks(study)
+    for submission in {task.submission.folder: task.submission for task in live.tasks}.values():
+        (submission.folder / CANCELLED).touch()  # their batch scripts don't queue them again
     jobs = [task.job.id for task in live.tasks if task.submission.executor == "slurm"]
     slurm.cancel(list(dict.fromkeys(job.split("_")[0] for job in jobs)))
     ended = [f"{task.name} (job {task.job.id})" for task in live.tasks if task.job.id]

@@ -23,7 +23,7 @@ from typing import Any
 
 from cellhpc.hosts import RANK, RANKS
 from cellhpc.ledger import read_json, write_json
-from cellhpc.submission import CHECKPOINTED, mark_done, rank_of_slurm
+from cellhpc.submission import CHECKPOINTED, mark_attempt_done, rank_of_slurm
 
 TOKEN = "token"  # noqa: S105
 """File of the work folder, written where the command is typed and read by every rank."""
@@ -60,7 +60,7 @@ def carry_out(submission: str, task: str, trains: bool) -> None:
     rank, size = int(os.environ[RANK]), int(os.environ[RANKS])
     if any((folder / task).glob(f"*/{CHECKPOINTED}")):
         if rank == 0:
-            mark_done(attempt, 0)
+            mark_attempt_done(attempt, 0)
         return
     answer = _Answer(attempt / f"answer-{rank}.json", rank=rank)
     for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -81,7 +81,7 @@ def carry_out(submission: str, task: str, trains: bool) -> None:
     if rank == 0 and trains and _can_requeue(attempt):
         (attempt / CHECKPOINTED).touch()
     elif rank == 0:
-        mark_done(attempt, 0)
+        mark_attempt_done(attempt, 0)
 
 
 class _Answer:

@@ -23,6 +23,10 @@ MEETING_SECONDS = 300.0
 """How long ranks wait for each other at the start; importing TensorFlow on a busy machine can take a minute."""
 
 
+class NotMet(UserError):
+    """A rank did not come to the meeting in time."""
+
+
 def address_towards(host: str) -> str:
     """Return this host's address on the interface that leads to `host`; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -50,12 +54,15 @@ def wait_for(path: Path, who: str, now: Callable[[], float] = time.monotonic, se
 
     Raises
     ------
-    UserError
+    NotMet
         It did not come within these seconds.
     """
     deadline = now() + seconds
     while not path.exists():
         if now() > deadline:
-            raise UserError(f"{who} did not come to the meeting in {path.parent} within {seconds:.0f} s")
+            raise NotMet(
+                f"{who} did not come to the meeting in {path.parent} within {seconds:.0f} s. See what it said in the "
+                "other logs of this task; a slow file system may need another try: cellhpc resume STUDY"
+            )
         time.sleep(0.05)
     return read_json(path)

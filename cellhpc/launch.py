@@ -20,7 +20,7 @@ from cellhpc.errors import DataError
 from cellhpc.hosts import MEETING, RANK, RANKS
 from cellhpc.ledger import read_json
 from cellhpc.study import StudyFolder
-from cellhpc.submission import CHECKPOINTED, DONE, ENDS, LOGS, Submission, Task
+from cellhpc.submission import AGAIN, CHECKPOINTED, DONE, ENDS, LOGS, Submission, Task
 
 GRACE_SECONDS = 30.0
 """How long ranks may take to leave a checkpoint when they are told to stop."""
@@ -35,6 +35,7 @@ class _Started:
     """A task whose ranks run."""
 
     task: Task
+    number: int
     attempt: Path
     ranks: list[subprocess.Popen[bytes]]
     failed_at: float | None = None
@@ -65,9 +66,7 @@ class _Started:
 
     def record_end(self) -> None:
         """Write down how the attempt ended, as a batch script does on Slurm."""
-        how = "done" if (self.attempt / DONE).exists() else "crashed"
-        if (self.attempt / CHECKPOINTED).exists():
-            how = "checkpointed"
+        how = next((mark for mark in (DONE, CHECKPOINTED, AGAIN) if (self.attempt / mark).exists()), "crashed")
         code = max((abs(process.returncode) for process in self.ranks), default=0)
         with (self.attempt.parent / ENDS).open("a") as file:
             file.write(f"{time.time():.0f} {platform.node()} {self.attempt.name} {code} {how}\n")
@@ -91,13 +90,13 @@ def run_here(study: StudyFolder, submission: Submission, parallel: int, watch: C
         Tasks or runs failed: names each with its reason and its log. The others were finished first.
     """
     tasks = list(submission.tasks.values())
-    waiting, crashed = list(tasks), []
+    waiting, crashed = [(task, 0) for task in tasks], []
     running: list[_Started] = []
     (submission.folder / LOGS).mkdir(mode=0o700)
     with _ended_on_exit() as started:
         while waiting or running:
             while waiting and len(running) < parallel:
-                running.append(_start(study, submission, waiting.pop(0)))
+                running.append(_start(study, submission, *waiting.pop(0)))
                 started.append(running[-1])
             time.sleep(POLL_SECONDS)
             watch()
@@ -108,7 +107,9 @@ def run_here(study: StudyFolder, submission: Submission, parallel: int, watch: C
                 if not one.running():
                     one.look()
                     running.remove(one)
-                    if not (one.attempt / DONE).exists():
+                    if (one.attempt / AGAIN).exists():  # each time there is one run less
+                        waiting.insert(0, (one.task, one.number + 1))
+                    elif not (one.attempt / DONE).exists():
                         crashed.append(f"{one.task.name}: {_reason(submission, one)}")
     failed = _failures(study, tasks, submission)
     if crashed or failed:
@@ -131,15 +132,15 @@ def _ended_on_exit() -> Iterator[list[_Started]]:
             one.record_end()
 
 
-def _start(study: StudyFolder, submission: Submission, task: Task) -> _Started:
-    """Start the ranks of a task."""
-    attempt = submission.task_folder(task.name) / "here-0"
+def _start(study: StudyFolder, submission: Submission, task: Task, number: int) -> _Started:
+    """Start the ranks of a task, for the first time with the number 0."""
+    attempt = submission.task_folder(task.name) / f"here-{number}"
     attempt.mkdir(parents=True, mode=0o700)
     words = [sys.executable, "-m", "cellhpc.work", str(study.path), str(submission.folder), task.name, str(attempt)]
     processes = []
     for rank in range(task.ranks):
         environment = {**os.environ, RANK: str(rank), RANKS: str(task.ranks), MEETING: str(attempt)}
-        with _log(submission, task, rank).open("wb") as log:
+        with _log(submission, task, rank).open("ab") as log:
             processes.append(
                 subprocess.Popen(
                     words,
@@ -150,7 +151,7 @@ def _start(study: StudyFolder, submission: Submission, task: Task) -> _Started:
                     stderr=subprocess.STDOUT,
                 )
             )
-    return _Started(task, attempt, processes)
+    return _Started(task, number, attempt, processes)
 
 
 def _log(submission: Submission, task: Task, rank: int) -> Path:

@@ -106,14 +106,20 @@ def mark_done(unit: Path, unit_digest: str, **facts: Any) -> None:
     write_json(unit / DONE, {"digest": unit_digest, **facts})
 
 
+class Taken(UsageError):
+    """Another process holds a lock."""
+
+
 @contextlib.contextmanager
 def held(lock: Path, where: str, taken: str) -> Iterator[None]:
     """Hold a lock file for this process; it is free again when the process ends, however it ends.
 
     Raises
     ------
+    Taken
+        Another process holds it; the message is `taken`.
     UsageError
-        The file can't be made (the message begins with `where`), or another process holds it (`taken`).
+        The file can't be made, or not locked; the message begins with `where`.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -124,7 +130,12 @@ def held(lock: Path, where: str, taken: str) -> Iterator[None]:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(taken) from None
+            raise Taken(taken) from None
+        except OSError as fault:
+            raise UsageError(
+                f"{where}: its file system gives no locks ({fault.strerror}). Choose another folder, or have it "
+                "mounted with locks (of Lustre: the option flock)."
+            ) from None
         yield
 
 

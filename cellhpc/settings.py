@@ -25,6 +25,27 @@ def _expand_weights(value: object) -> object:
 Weights = Annotated[str, BeforeValidator(_expand_weights)]
 
 
+def _check_plane(value: object) -> object:
+    if value != "projection" and (type(value) is not int or value < 1):
+        raise ValueError('Allowed are "projection" and the number of a z-step, from 1')
+    return value
+
+
+ZPlane = Annotated[Literal["projection"] | int, BeforeValidator(_check_plane)]
+
+
+def _check_pattern(key: str, pattern: str | None, what: str) -> None:
+    """Refuse what is no regular expression, or one without a group; the first group takes out `what`."""
+    if pattern is None:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as fault:
+        raise ValueError(f"{key} {pattern!r} is no regular expression: {fault}") from None
+    if not groups:
+        raise ValueError(f"{key} {pattern!r} has no group; put the {what} in round brackets")
+
+
 class StudySettings(Settings):
     """`[study]`: what it is called and where everything of it goes."""
 
@@ -66,11 +87,11 @@ class Bbbc014Screen(ScreenBase):
     layout: Literal["bbbc014"]
 
 
-class ManifestColumns(Settings):
-    """`[screen.columns]`: which column of the manifest says what; keys that are left out are not in the table."""
+class WellColumns(Settings):
+    """`[screen.columns]`: which column of the table says what; keys that are left out are not in the table."""
 
-    plate: str
-    """Name of the plate."""
+    plate: str | None = None
+    """Name of the plate; without it, the table holds for every plate."""
     well: str
     """Well, as `B06`."""
     compound: str
@@ -81,20 +102,36 @@ class ManifestColumns(Settings):
     """What is to be predicted, as the mechanism of action; empty cells are unlabelled."""
     batch: str | None = None
     """Batch (week, experiment)."""
-    field: str | None = None
-    """Number of the field in its well; without it, fields count in the order of their rows."""
     replicate: str | None = None
     """Replicate; without it, the wells of a treatment count as its replicates."""
 
 
-class ManifestScreen(ScreenBase):
-    """`[screen]` with `layout = "manifest"`: one table, a row for each field or for each channel of a field."""
+class ManifestColumns(WellColumns):
+    """`[screen.columns]` of a manifest, which has a row for each field."""
 
-    layout: Literal["manifest"]
+    plate: str
+    """Name of the plate."""
+    field: str | None = None
+    """Number of the field in its well; without it, fields count in the order of their rows."""
+
+
+class TableScreen(ScreenBase):
+    """What layouts have whose wells are told by a table with columns of any name."""
+
     table: str
     """File name of the table (CSV or Parquet) in the folder of the tables."""
     separator: str = Field(",", min_length=1, max_length=1)
     """Separator of a CSV table, one character."""
+    unit: str = "uM"
+    """Unit of the concentrations."""
+    control: str = "DMSO"
+    """The compound that marks control wells."""
+
+
+class ManifestScreen(TableScreen):
+    """`[screen]` with `layout = "manifest"`: one table, a row for each field or for each channel of a field."""
+
+    layout: Literal["manifest"]
     columns: ManifestColumns
     """The table's columns."""
     rows: Literal["field", "channel"] = "field"
@@ -107,10 +144,6 @@ class ManifestScreen(ScreenBase):
     as `images/{Plate}/{File}.tif` or `{Channel}`; the first column without a name is `{index}`."""
     batch_pattern: str | None = None
     """Regular expression whose first group takes the batch out of the plate's name, when no column holds it."""
-    unit: str = "uM"
-    """Unit of the concentrations."""
-    control: str = "DMSO"
-    """The compound that marks control wells."""
     labels: tuple[str, ...] = ()
     """The labels that are allowed; empty allows all."""
     extra_columns: tuple[str, ...] = ()
@@ -131,16 +164,37 @@ class ManifestScreen(ScreenBase):
         if self.batch_pattern is not None:
             if self.columns.batch is not None:
                 raise ValueError("columns.batch and batch_pattern both tell the batch; keep one of them")
-            try:
-                groups = re.compile(self.batch_pattern).groups
-            except re.error as fault:
-                raise ValueError(f"batch_pattern {self.batch_pattern!r} is no regular expression: {fault}") from None
-            if not groups:
-                raise ValueError(f"batch_pattern {self.batch_pattern!r} has no group; put the batch in round brackets")
+            _check_pattern("batch_pattern", self.batch_pattern, "batch")
         return self
 
 
-ScreenSettings = Annotated[Bbbc021Screen | Bbbc014Screen | ManifestScreen, Field(discriminator="layout")]
+class MetaxpressScreen(TableScreen):
+    """`[screen]` with `layout = "metaxpress"`: plates as MetaXpress leaves them, and a plate map as the table."""
+
+    layout: Literal["metaxpress"]
+    columns: WellColumns
+    """The plate map's columns."""
+    channels: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=5)
+    """The number of each channel's wavelength, in the order in which they are stored: `{ dna = 1, actin = 4 }`."""
+    z: ZPlane | None = None
+    """Which plane of a z-stack is read: `projection`, or the number of its z-step. Not needed where there is one."""
+    time_point: int = Field(1, ge=1)
+    """Which time point is read; pictures outside of `TimePoint_N` folders are of time point 1."""
+    plate_pattern: str | None = None
+    """Regular expression whose first group takes the plate out of its folder's path from `path`, as `^([^/]+)/` of
+    `P1/2015-02-03/123`; by default the plate is the last folder that is no `TimePoint_N` or `ZStep_N`."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        if len(set(self.channels.values())) != len(self.channels):
+            raise ValueError(f"channels gives two channels one wavelength: {listing(self.channels.values())}")
+        _check_pattern("plate_pattern", self.plate_pattern, "plate")
+        return self
+
+
+ScreenSettings = Annotated[
+    Bbbc021Screen | Bbbc014Screen | ManifestScreen | MetaxpressScreen, Field(discriminator="layout")
+]
 
 
 class ConvertSettings(Settings):

@@ -51,7 +51,7 @@ class Placement(Settings):
     exclude: str | None = None
     """Nodes to avoid."""
     options: dict[str, str | int | bool] = Field(default={})
-    """More options of sbatch, by their long names: `{ nice = 100, exclusive = true }`."""
+    """More options of sbatch, by their long names: `{ nice = 100, exclusive = true }`; false takes one back."""
 
 
 class SlurmSettings(Placement):
@@ -101,7 +101,7 @@ class TrainStage(Stage):
     """`[train]`: arrays of jobs, each of `sweep.ranks` tasks spread evenly over its nodes."""
 
     throttle: int = Field(32, ge=1)
-    """Jobs of an array that may run at the same time; with `sweep.runs_per_job = 0`, also their number."""
+    """Jobs of a submission that may run at the same time; with `sweep.runs_per_job = 0`, also their number."""
     signal_seconds: int = Field(120, ge=10, le=3600)
     """How long before the time limit a training is told to leave its checkpoint. Slurm may be a minute early."""
     images_per_s: float | None = Field(None, gt=0)
@@ -118,7 +118,8 @@ class ContainerSettings(Settings):
     """`[container]`: the image that everything runs in; `containers/` builds one."""
 
     image: UserPath
-    """The image (.sif) or a sandbox folder, on a file system that the nodes see."""
+    """The image (.sif) or a sandbox folder, on a file system that the nodes see. A job that waits ends at once when its
+    image was changed meanwhile."""
     runtime: str = "apptainer"
     """The command, or its path."""
     python: str = "/opt/cellhpc/bin/python"
@@ -133,7 +134,8 @@ class ScratchSettings(Settings):
     """`[scratch]`: fast folders of a node."""
 
     folder: str | None = None
-    """Folder for temporary files; expanded by the job's shell, as `/local/$SLURM_JOB_ID`. Without it, `$TMPDIR`."""
+    """Folder of a node for temporary files, expanded by the job's shell, as `/local/$USER`. Each job has a folder of
+    its own in it, on each of its nodes, which is removed when it ends. Without it, `$TMPDIR`."""
 
 
 class Site(Settings):
@@ -153,6 +155,9 @@ class Site(Settings):
                 f"train.signal_seconds is {self.train.signal_seconds}, not shorter than the limit train.time of "
                 f"{self.train.time} min"
             )
+        for name in ("convert", "aggregate"):
+            if self.stage(name).time < 2:
+                raise ValueError(f"{name}.time is {self.stage(name).time} min; allowed is 2 min or more")
         return self
 
     def stage(self, name: str) -> Stage:

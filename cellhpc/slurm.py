@@ -33,6 +33,7 @@ class JobState:
     nodes: str = ""
     seconds: float = 0.0
     exit_code: str = ""
+    comment: str = ""
 
 
 def ask(*words: str) -> str:
@@ -62,9 +63,10 @@ def test(script: str) -> str:
 def queue() -> dict[str, JobState]:
     """List this user's jobs that wait or run, each element of an array for itself, by id (`12` or `12_3`)."""
     found = {}
-    for line in ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r|%N|%M").splitlines():
-        job, state, reason, nodes, elapsed = line.split("|")
-        found[job] = JobState(job, state, "" if reason == "None" else reason, nodes, _seconds(elapsed))
+    for line in ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r|%N|%M|%k").splitlines():
+        job, state, reason, nodes, elapsed, comment = line.split("|", 5)
+        reason = "" if reason == "None" else reason
+        found[job] = JobState(job, state, reason, nodes, _seconds(elapsed), comment=comment)
     return found
 
 
@@ -83,6 +85,33 @@ def remembered(jobs: Iterable[str]) -> tuple[dict[str, JobState], list[str]]:
     notes: list[str] = []
     if not wanted:
         return states, notes
+    try:
+        asked = ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", ",".join(wanted))
+    except NotAnswered as fault:
+        notes.append(f"Without accounting ({fault}), how a job ended is known from its own records.")
+    else:
+        for line in asked.splitlines():
+            job, state, code, nodes = line.split("|")
+            states[job] = JobState(job, state.split()[0], nodes=nodes, exit_code=code)
+    for job in wanted:
+        try:
+            told = ask("scontrol", "show", "job", "-o", job)
+        except NotAnswered:
+            continue  # forgotten: the controller keeps a job for MinJobAge
+        for line in told.splitlines():
+            facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            array = facts.get("ArrayJobId")
+            names = [f"{array}_{index}" for index in _indices(facts["ArrayTaskId"])] if array else [facts["JobId"]]
+            for name in names:
+                states[name] = JobState(
+                    name,
+                    facts["JobState"],
+                    facts.get("Reason", ""),
+                    facts.get("NodeList", ""),
+                    exit_code=facts["ExitCode"],
+                    comment=facts.get("Comment", ""),
+                )
+    return states, notes
     try:
         asked = ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", ",".join(wanted))
     except NotAnswered as fault:

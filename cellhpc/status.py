@@ -26,10 +26,14 @@ from cellhpc.study import StudyFolder
 from cellhpc.submission import LOGS, Submission, ends, submissions
 from cellhpc.sweep import plan_runs
 
-STATES = ("done", "running", "waiting", "failed", "stopped", "stale", "missing")
-"""Of a run: finished; being trained; queued, or later in a task that runs; ended with a reason; stopped with a
-checkpoint by `cancel` or Ctrl-C; finished with other settings than the job file names now; never begun."""
+STATES = ("done", "running", "waiting", "unknown", "failed", "stopped", "stale", "missing")
+"""Of a run: finished; being trained; queued, or later in a task that runs; submitted, and Slurm does not answer what
+became of it; ended with a reason; stopped with a checkpoint by `cancel` or Ctrl-C; finished with other settings than
+the job file names now; never begun."""
+AT_WORK = ("running", "waiting", "unknown")
 FINISHED = "done"
+FINAL = ("done", "cancelled", "setup")
+"""How a task ended that is not queued again."""
 ERROR_LINE = re.compile(r"error|killed|cancelled|oom|^cellhpc: |fault|abort", re.IGNORECASE)
 EPILOGUE = re.compile(
     r"^srun: (error: .*: task|.*terminating|Terminating|got SIGCONT|Job step aborted)|^slurmstepd.*: error: \*\*\* STEP"
@@ -97,7 +101,7 @@ class Status:
     @property
     def at_work(self) -> bool:
         """Whether anything of it waits or runs."""
-        return any(part.state in ("running", "waiting") for part in self.parts)
+        return any(part.state in AT_WORK for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-ready data."""
@@ -138,9 +142,10 @@ class LiveTask:
 
 @dataclass(frozen=True)
 class Live:
-    """All tasks of a study that wait or run, the newest submission's first."""
+    """All tasks of a study that wait or run, the newest submission's first; not `known` if Slurm did not answer."""
 
     tasks: tuple[LiveTask, ...] = ()
+    known: bool = True
 
     def jobs(self, stage: str) -> list[str]:
         """Slurm's ids of a stage's live jobs, arrays as a whole."""
@@ -175,7 +180,7 @@ def live_tasks(study: StudyFolder) -> Live:
     """
     newest_here = next((told for told in submissions(study) if told.executor == "here"), None)
     found = []
-    if newest_here is not None and study.is_held():
+    if newest_here is not None and "ended" not in newest_here.about and study.is_held():
         about = newest_here.about
         here = JobState("", "RUNNING", nodes=about["host"], seconds=time.time() - about["began"])
         found = [LiveTask(newest_here, name, here) for name in newest_here.tasks]
@@ -197,7 +202,12 @@ def submitted_tasks(study: StudyFolder) -> Live:
     for submission in told:
         if any(job.id in arrays for job in submission.jobs):
             elements = submission.elements().items()
-            found += [LiveTask(submission, name, queue[element]) for name, element in elements if element in queue]
+            own = f":{submission.about['id']}"  # a cluster that was set up anew counts its jobs from 1 again
+            found += [
+                LiveTask(submission, name, queue[element])
+                for name, element in elements
+                if element in queue and queue[element].comment.endswith(own)
+            ]
     return Live(tuple(found))
 
 
@@ -208,7 +218,7 @@ def look(study: StudyFolder, job: Job) -> Status:
     try:
         live = live_tasks(study)
     except NotAnswered as fault:
-        live = Live()
+        live = Live(known=False)
         notes.append(f"Slurm's queue could not be asked ({fault}): what waits or runs is not known.")
     store = study.store(job)
     content = content_digest(read_record(store)) if is_store(store) else ""
@@ -274,6 +284,8 @@ class _Reasons:
         if (folder / FAILED).exists():
             return "failed", read_json(folder / FAILED)["reason"]
         ended = ends(folder)
+        if not self.live.known and submission.executor == "slurm" and not (ended and ended[-1].how in FINAL):
+            return "unknown", "Slurm does not answer"
         element = submission.elements().get(name, "")
         error = last_error(submission, name)
         if ended and ended[-1].how in ("cancelled", "checkpointed"):
@@ -284,11 +296,13 @@ class _Reasons:
             crashes = sum(end.how == "crashed" for end in ended)
             again = f" ({crashes} times)" if crashes > 1 else ""
             return "failed", f"{_code(ended[-1].code)} on {ended[-1].host}{again}: {error}"
-        if ended:
+        if ended and ended[-1].how == "done":
             return "failed", "its task ended before it"
         if submission.executor == "here":
             return "stopped", "the command that trained it was ended"
         state = self._ask(submission).get(element)
+        if state is not None and state.comment and not state.comment.endswith(f":{submission.about['id']}"):
+            state = None
         if state is not None and state.state.startswith("CANCELLED"):
             return "stopped", f"cancelled {f'({state.reason})' if state.reason not in ('', 'None') else ''}".strip()
         told = f"{state.state}{f' ({state.reason})' if state.reason not in ('', 'None') else ''}" if state else ""
@@ -313,7 +327,11 @@ def _look_at_run(study: StudyFolder, run: str, why: _Reasons, epochs: int) -> Ru
     last = history[-1] if history else {}
     far: dict[str, Any] = {"epoch": len(history), "epochs": epochs, "node": about.get("host", "")}
     far |= {name: last.get(name) for name in ("images_per_s", "waiting_for_data", "memory_mb")}
-    if task := why.live_of.get(run):
+    task = why.live_of.get(run)
+    failed = _read(unit / FAILED)
+    if task and (failed.get("submission"), failed.get("task")) == (task.submission.number, task.name):
+        return RunStatus(run, "failed", failed["reason"], task.name, task.job.id, **far)
+    if task:
         begun = (about.get("submission"), about.get("task")) == (task.submission.number, task.name)
         state = "running" if begun and not task.waits else "waiting"
         reason = task.job.reason if task.waits else ""
@@ -325,8 +343,8 @@ def _look_at_run(study: StudyFolder, run: str, why: _Reasons, epochs: int) -> Ru
         return RunStatus(run, "missing")
     submission, name = why.task_of[run]
     job = submission.elements().get(name, "")
-    if (unit / FAILED).exists():
-        return RunStatus(run, "failed", _read(unit / FAILED).get("reason", ""), name, job, **far)
+    if failed:
+        return RunStatus(run, "failed", failed.get("reason", ""), name, job, **far)
     state, reason = why.of_task(submission, name)
     if attempt is None and state == "failed":
         return RunStatus(run, "missing", f"{name} ended before it: {reason}", name, job)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,8 +33,11 @@ Executor = Literal["here", "slurm"]
 TASKS, RECORD, LOGS = "tasks.json", "submission.json", "logs"
 ENDS = "ends"
 """File of a task: a line for each of its ends, ``unix-seconds host attempt exit-code how``."""
-DONE, CHECKPOINTED = "done", "checkpointed"
-"""Markers of an attempt: it did all that it could (and its exit code); it was told to stop and left a checkpoint."""
+DONE, CHECKPOINTED, AGAIN = "done", "checkpointed", "again"
+"""Markers of an attempt: it did all that it could (and its exit code); it was told to stop and left what is needed to
+go on; a run failed in it, and another attempt has to do the other runs."""
+CANCELLED = "cancelled"
+"""Marker of a submission: it was cancelled, and nothing of it is queued again."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ def new_submission(study: StudyFolder, executor: Executor, tasks: Sequence[Task]
             continue
     told = {task.name: {key: value for key, value in asdict(task).items() if key != "name"} for task in tasks}
     write_text(folder / TASKS, json.dumps(told, separators=(",", ":")))  # ten thousand runs: no indentation
-    facts = {"began": time.time(), "host": platform.node(), "pid": os.getpid(), "version": metadata.version("cellhpc")}
+    facts = {"id": secrets.token_hex(6), "began": time.time(), "host": platform.node(), "pid": os.getpid()}
+    facts["version"] = metadata.version("cellhpc")
     submission = Submission(folder, executor, (), facts | about)
     submission.write()
     return submission
@@ -163,12 +168,16 @@ def new_submission(study: StudyFolder, executor: Executor, tasks: Sequence[Task]
 
 def next_folder(study: StudyFolder) -> Path:
     """Folder that the next submission will have."""
-    return study.jobs / f"{1 + max((int(path.name) for path in study.jobs.glob('[0-9]*')), default=0):04d}"
+    return study.jobs / f"{1 + max((int(path.name) for path in _folders(study)), default=0):04d}"
+
+
+def _folders(study: StudyFolder) -> list[Path]:
+    return [path for path in study.jobs.glob("[0-9]*") if path.name.isdigit()]
 
 
 def submissions(study: StudyFolder) -> list[Submission]:
     """List a study's submissions, the newest first."""
-    folders = sorted(study.jobs.glob("[0-9]*"), key=lambda path: int(path.name), reverse=True)
+    folders = sorted(_folders(study), key=lambda path: int(path.name), reverse=True)
     # Without a record, the command ended before it submitted anything.
     return [read_submission(folder) for folder in folders if (folder / RECORD).exists()]
 
@@ -188,7 +197,7 @@ def rank_of_slurm(submission: Path, task: str) -> Path:
     return attempt
 
 
-def mark_done(attempt: Path, code: int) -> None:
+def mark_attempt_done(attempt: Path, code: int) -> None:
     """Leave the marker of a task that did all that it could, with the exit code that it ends with."""
     write_text(attempt / DONE, f"{code}\n")
 

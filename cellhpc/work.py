@@ -8,6 +8,7 @@ Rank 0 leaves a marker in the attempt's folder. Without one the task has crashed
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -23,24 +24,28 @@ from typing import Any
 
 import numpy as np
 
-from cellhpc.attempts import FAILED, finished
+from cellhpc.attempts import ABOUT, FAILED, finished, newest
 from cellhpc.convert.execute import ConversionStopped
 from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
-from cellhpc.hosts import RANK
-from cellhpc.ledger import provenance, read_json, write_json
+from cellhpc.hosts import RANK, NotMet
+from cellhpc.ledger import Taken, provenance, read_json, write_json
 from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
 from cellhpc.ranks import RankLost, Ranks, joined
 from cellhpc.study import StudyFolder
-from cellhpc.submission import CHECKPOINTED, Submission, Task, mark_done, rank_of_slurm, read_submission
+from cellhpc.submission import AGAIN, CHECKPOINTED, Submission, Task, mark_attempt_done, rank_of_slurm, read_submission
 from cellhpc.sweep import Run, plan_runs
 from cellhpc.tiles import Store
 from cellhpc.train import Interrupted, RunFailed, Superseded, Trainer, Watch, load_data, train_run
 
 IDLE_STOPS = 3
-"""A run that was told to stop so often without a step in between will never get on: it fails."""
+"""A conversion that was told to stop so often before it finished anything will never get on: it fails."""
+IDLE = "idle"
+"""Marker of an attempt that was told to stop before it finished anything."""
+TAKEN_SECONDS = 600.0
+"""How long a conversion waits for one that was cut off and still holds the store."""
 
 
 def carry_out(study: str, submission: str, task: str) -> None:
@@ -59,32 +64,31 @@ def be_rank(study: StudyFolder, submission_folder: Path, name: str, attempt: Pat
     watch = _watched()
     submission = read_submission(submission_folder)
     task = submission.tasks[name]
-    report = submission.task_folder(name) / FAILED
-    if rank == 0:
-        report.unlink(missing_ok=True)
     try:
         _check_version(submission)
         failed = STAGES[task.stage](study, submission, task, attempt, watch)
-    except (Interrupted, Superseded) as stopped:
+    except Interrupted as stopped:
         if rank == 0:
             print(f"cellhpc: {stopped}", flush=True)
-            if isinstance(stopped, Interrupted):
-                (attempt / CHECKPOINTED).touch()
-            else:
-                mark_done(attempt, 0)
+            (attempt / CHECKPOINTED).touch()
         return 0
-    except RankLost as fault:
+    except Superseded as fault:
+        print(f"cellhpc: {fault}", flush=True)
+        failed = []
+    except (RankLost, NotMet, Taken) as fault:
         # Horovod can't be used again, not even to leave it; the marker is missing, and all start anew.
         print(f"cellhpc: {fault}", flush=True)
         os._exit(1)
     except Exception as fault:
         said = str(fault) if isinstance(fault, UserError) else traceback.format_exc()
         print(f"cellhpc: {said}", flush=True)
-        _record(report, fault, attempt)
-        mark_done(attempt, 1)
+        with contextlib.suppress(OSError):  # a full disk; the reason was said above
+            _record(submission.task_folder(name) / FAILED, fault, attempt)
+            if rank == 0:  # the others are started anew: they may see a file late
+                mark_attempt_done(attempt, 1)
         return 1
     if rank == 0:
-        mark_done(attempt, int(bool(failed)))
+        mark_attempt_done(attempt, int(bool(failed)))
     return 0
 
 
@@ -126,15 +130,43 @@ def _record(report: Path, fault: BaseException, attempt: Path) -> None:
 def _convert(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
     """Convert; ranks other than the first lend their cores."""
     if int(os.environ[RANK]):
-        serve(attempt)
+        try:
+            serve(attempt)
+        except NotMet as fault:  # rank 0 may do all of it alone
+            print(f"cellhpc: {fault}", flush=True)
         return []
+    give_up = time.monotonic() + TAKEN_SECONDS
     try:
-        convert_study(plan_study(study.read_job()), lambda: watch.stop_asked)
+        while True:
+            try:
+                convert_study(plan_study(study.read_job()), lambda: watch.stop_asked)
+            except Taken:
+                if watch.stop_asked or time.monotonic() > give_up:
+                    raise
+                time.sleep(5)
+            else:
+                return []
     except ConversionStopped as stopped:
+        _require_progress(attempt, stopped)
         raise Interrupted(str(stopped)) from None
     finally:
         release()  # the other ranks wait, also where nothing was to be converted
-    return []
+
+
+def _require_progress(attempt: Path, stopped: ConversionStopped) -> None:
+    """Count stops before anything was finished; too many of them are a failure, not an endless queue."""
+    if stopped.done:
+        return
+    (attempt / IDLE).touch()
+    attempts = sorted(
+        (path for path in attempt.parent.iterdir() if path.is_dir()), key=lambda path: _restart(path.name)
+    )
+    last = attempts[-IDLE_STOPS:]
+    if len(last) == IDLE_STOPS and all((one / IDLE).exists() for one in last):
+        raise UserError(
+            f"The conversion was told to stop {IDLE_STOPS} times before it finished a single shard: give the stage "
+            "more time (convert.time of the site file)."
+        )
 
 
 def _aggregate(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
@@ -196,16 +228,14 @@ class _TrainingGroup:
             except RunFailed as fault:
                 said = str(fault)
                 self._fail(run, fault)
-            except Interrupted:
-                self._note_idle(run)
-                raise
-            except (RankLost, Superseded):
+            except (Interrupted, RankLost, Superseded):
                 raise
             except Exception as fault:
                 said = str(fault) if isinstance(fault, UserError) else traceback.format_exc()
                 self._fail(run, fault, everywhere=True)
                 if self.ranks.size > 1:
                     print(f"{run.id}: {said}", flush=True)
+                    (self.attempt / AGAIN).touch()
                     os._exit(1)  # the other ranks wait for this one; all start anew with the next run
                 trainer = None
             if self.ranks.rank == 0:
@@ -213,8 +243,19 @@ class _TrainingGroup:
 
     def _fail(self, run: Run, fault: Exception, everywhere: bool = False) -> None:
         self.failed.append(run.id)
-        if everywhere or self.ranks.rank == 0:
-            _record(self.study.runs / run.id / FAILED, fault, self.attempt)
+        unit = self.study.runs / run.id
+        if (everywhere or self.ranks.rank == 0) and not self._superseded(unit):
+            _record(unit / FAILED, fault, self.attempt)
+
+    def _superseded(self, unit: Path) -> bool:
+        """Tell whether a later attempt of this task, or a later submission, has begun with the run."""
+        folder = newest(unit)
+        try:
+            about = read_json(folder / ABOUT) if folder else {}
+        except FileNotFoundError:
+            return True
+        theirs = (about.get("submission", ""), _restart(about.get("attempt", "")))
+        return theirs > (self.about["submission"], _restart(self.attempt.name))
 
     def _failed_before(self, run: Run) -> bool:
         try:
@@ -223,18 +264,11 @@ class _TrainingGroup:
             return False
         return (known["submission"], known["task"]) == (self.about["submission"], self.about["task"])
 
-    def _note_idle(self, run: Run) -> None:
-        """Count stops without a step in between; too many of them are a failure, not an endless queue."""
-        if self.ranks.rank or self.watch.steps_done:
-            return
-        notes = self.attempt.parent / "idle"
-        with notes.open("a") as file:
-            file.write(f"{self.attempt.name} {run.id}\n")
-        if sum(line.endswith(f" {run.id}") for line in notes.read_text().splitlines()) >= IDLE_STOPS:
-            raise UserError(
-                f"{run.id} was told to stop {IDLE_STOPS} times before its first step: give the stage more time "
-                "(train.time of the site file)."
-            )
+
+def _restart(attempt: str) -> int:
+    """Take the number out of the name of a task's attempt: 2 of `17-2`."""
+    number = attempt.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def _slurm_job() -> str | None:

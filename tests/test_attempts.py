@@ -44,7 +44,8 @@ def test_what_was_cut_off_ends_at_its_next_write_and_touches_nothing(tmp_path: P
     zombie.write_json("history.json", {"epochs": [1]})
     heir = Attempt.claim(unit, "a")
     heir.write_json("history.json", {"epochs": [1, 2]})
-    assert not zombie.is_current()
+    with pytest.raises(Superseded):
+        zombie.require_current()
     before = names(unit)
     for write in (
         lambda: zombie.write_json("history.json", {"epochs": ["wrong"]}),
@@ -150,4 +151,4 @@ def test_attempts_that_begin_together_get_folders_of_their_own_and_one_is_curren
     with ThreadPoolExecutor(8) as pool:
         claimed = [attempt for attempt in pool.map(claim, range(8)) if attempt]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:03d}" for number in range(1, 9)]
-    assert [attempt.number for attempt in claimed if attempt.is_current()] == [8]
+    assert newest(claimed[0].unit) == next(attempt.folder for attempt in claimed if attempt.number == 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cellhpc.batch import image_digest, plan_batches
+from cellhpc.batch import _outside_of_a_job, image_digest, plan_batches
 from cellhpc.errors import UsageError
 from cellhpc.settings import Job, parse_job
 from cellhpc.site import Site, load_site, parse_site
@@ -59,11 +60,12 @@ def test_the_scripts_are_shell(tmp_path: Path) -> None:
 
 
 def test_an_array_is_split_where_the_cluster_says(tmp_path: Path) -> None:
-    site = parse_site({"train": {"throttle": 3}}, "site")
+    site = parse_site({"train": {"throttle": 5}}, "site")
     batches = plan_batches(STUDY, job(), site, tasks(runs=5), tmp_path, 2, None)
     trains = [batch for batch in batches if batch.stage == "train"]
     assert [(batch.first, len(batch.tasks)) for batch in trains] == [(0, 2), (2, 2), (4, 1)]
-    assert "#SBATCH --array=0-1%2" in trains[0].text(tmp_path, None)
+    assert "#SBATCH --array=0-1%1\n" in trains[0].text(tmp_path, None)  # the throttle is that of all together
+    assert "#SBATCH --array=0-1%2\n" in trains[1].text(tmp_path, None)
     assert "first=2" in trains[1].text(tmp_path, None)
     assert "--array" not in trains[2].text(tmp_path, None)
 
@@ -130,3 +132,34 @@ def test_a_container_gets_the_folders_that_the_study_needs(tmp_path: Path) -> No
 def test_an_image_that_is_not_there_is_refused_with_how_to_build_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"container.image .*/no.sif: no such file. Build one: make container"):
         image_digest(parse_site({"container": {"image": str(tmp_path / "no.sif")}}, "site"))
+
+
+def test_a_stage_takes_back_an_option_that_holds_for_all() -> None:
+    site = parse_site(
+        {"slurm": {"options": {"exclusive": True, "nice": 100}}, "aggregate": {"options": {"exclusive": False}}}, "site"
+    )
+    of = {batch.stage: batch.text(STUDY.jobs / "0001", None) for batch in
+          plan_batches(STUDY, job(), site, tasks(), STUDY.jobs / "0001", 1001, None)}  # fmt: skip
+    assert "#SBATCH --exclusive\n" in of["train"]
+    assert "exclusive" not in of["aggregate"]
+    assert "#SBATCH --nice=100\n" in of["aggregate"]
+
+
+def test_an_image_that_was_changed_since_ends_the_job_before_its_work(tmp_path: Path) -> None:
+    image = tmp_path / "an image.sif"
+    image.write_bytes(b"first")
+    site = parse_site({"container": {"image": str(image)}}, "site")
+    line = next(line for line in texts(site, image=image_digest(site)).splitlines() if "was changed" in line)
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == 0
+    image.write_bytes(b"another")
+    ended = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "type: cellhpc resume STUDY" in ended.stdout
+
+
+def test_what_slurm_told_the_job_one_submits_from_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_CONF": "/etc/slurm.conf"}.items():
+        monkeypatch.setenv(name, value)
+    with _outside_of_a_job():
+        assert {name for name in os.environ if name.startswith("SLURM_")} == {"SLURM_CONF"}
+    assert os.environ["SLURM_RESTART_COUNT"] == "2"

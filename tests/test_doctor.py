@@ -61,8 +61,26 @@ def examine(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ---- on a real cluster
 
 
+@pytest.fixture
+def scratch(cluster: LocalCluster, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
+    """Give each node a disk of its own at `scratch`; what can be asked is what lies there, on any of them."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    pids = [cluster.processes()[name] for name in cluster.nodes]
+    within = [["nsenter", "-t", str(pid), "-m"] for pid in pids]
+    for node in within:
+        subprocess.run([*node, "mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
+
+    def left() -> list[str]:
+        return [subprocess.check_output([*node, "ls", str(folder)], text=True) for node in within]
+
+    yield left
+    for node in within:
+        subprocess.run([*node, "umount", str(folder)], check=True)
+
+
 def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
-    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: Callable[[], list[str]]
 ) -> None:
     site = tmp_path / "site.toml"
     site.write_text(
@@ -71,7 +89,7 @@ def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
         convert = {{memory_gb = 2}}
         train = {{nodes = 3, memory_gb = 2}}
         aggregate = {{memory_gb = 2}}
-        scratch = {{folder = "{tmp_path}/scratch/$SLURM_JOB_ID"}}
+        scratch = {{folder = "{tmp_path}/scratch"}}
         """
     )
     monkeypatch.chdir(tmp_path)
@@ -95,6 +113,7 @@ def test_a_healthy_cluster_is_ready_and_two_of_its_nodes_meet(
     assert of[there, "shared folder"].startswith("read and written, files 0600")
     assert of[there, "scratch"].startswith(f"{tmp_path}/scratch/")
     assert of[there, "Python"] == ".".join(map(str, sys.version_info[:3]))
+    assert scratch() == [""] * 3
     assert found["logs"] is None
     assert not list(tmp_path.glob("cellhpc-doctor-*"))
     assert queue(cluster) == []

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -149,11 +150,11 @@ def test_slurmctld_may_die_and_come_back(
     night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
     night.submit()
     night.run_at_work(epoch=1)
-    time.sleep(6)  # Slurm itself forgets jobs that are younger when it is killed
     whole_cluster.kill_daemon("slurmctld")
-    said = night.cellhpc("status", night.study)
-    assert "Slurm's queue could not be asked" in said.stdout
-    assert said.returncode == 1
+    facts = night.status()
+    assert "Slurm's queue could not be asked" in facts["notes"][0]
+    assert "unknown" in facts["counts"]
+    assert set(facts["counts"]) <= {"done", "unknown"}  # and not failed
     whole_cluster.start_daemon("slurmctld")
     night.until_done()
     same(night.predictions(), undisturbed[1])
@@ -169,7 +170,11 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     assert "Nothing is to be submitted" in again.stdout, again.stdout + again.stderr
     said = night.cellhpc("cancel", night.study)
     assert said.returncode == 0, said.stderr
-    status = night.until_quiet()
+    hasty = night.cellhpc("resume", night.study)
+    assert hasty.returncode == 1
+    assert "just ending" in hasty.stderr
+    status = stays_quiet(night)
+    assert "cancelled" in night.ends()
     states = {run["run"]: run["state"] for run in status["runs"]}
     done = [name for name, state in states.items() if state == "done"]
     assert 1 <= len(done) < 4
@@ -180,25 +185,40 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     assert resumed.returncode == 0, resumed.stderr
     tasks = read_json(night.study / "jobs" / "0002" / "tasks.json")
     assert sum(len(task["runs"]) for task in tasks.values()) == 4 - len(done)
+    night.run_at_work()
+    whole_cluster.run("scancel", "--me", check=True)  # and by Slurm's own command
+    stays_quiet(night)
+    assert night.cellhpc("resume", night.study).returncode == 0
     night.until_done()
     assert {name: read_json(night.study / "runs" / name / "done.json") for name in done} == kept
     same(night.predictions(), undisturbed[1])
     assert "Nothing is to be submitted" in night.cellhpc("resume", night.study).stdout
 
 
+def stays_quiet(night: Night, seconds: float = 12) -> dict[str, Any]:
+    """Wait until nothing waits or runs, and see that nothing comes back, which takes Slurm 5 to 7 seconds."""
+    status = night.until_quiet()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert not night.cluster.run("squeue", "-h").stdout
+        time.sleep(0.5)
+    return status
+
+
 def test_a_bug_in_one_run_fails_that_run_with_its_reason_and_no_other(
     whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path
 ) -> None:
-    """The weights of one initialisation are damaged; what is left of the task is done on two ranks all the same."""
+    """The weights of one initialisation are damaged; the other runs of the task are done on two ranks all the same."""
     night = Night(whole_cluster, tmp_path, raw, store, ranks=2, epochs=EPOCHS)
     (tmp_path / "damaged.h5").write_bytes(b"not weights")
     weights = f'sweep.weights=["{tmp_path}/damaged.h5", "xavier"]'
     night.submit("train", "--set", weights, train={"nodes": 2, "restarts": 0})
     status = night.until_quiet()
+    assert status["counts"] == {"done": 4, "failed": 4}, night.last_words()
     failed = [run for run in status["runs"] if run["state"] == "failed"]
-    assert failed
     assert all("damaged" in run["run"] for run in failed)
     assert all("damaged.h5" in run["reason"] for run in failed), failed
+    assert night.ends() == [*["again"] * 4, "done"]
     assert not status["complete"]
     assert "damaged.h5" in night.cellhpc("status", night.study).stdout
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from cellhpc import slurm
 from cellhpc.attempts import FAILED, Attempt
 from cellhpc.errors import UsageError
 from cellhpc.folds import plan_folds, write_folds
 from cellhpc.ledger import write_json
 from cellhpc.settings import FoldsSettings, Job, parse_job
-from cellhpc.status import find_logs, last_error, look, open_study
+from cellhpc.slurm import JobState
+from cellhpc.status import find_logs, last_error, look, open_study, submitted_tasks
 from cellhpc.study import StudyFolder
-from cellhpc.submission import LOGS, Submission, new_submission, pack
+from cellhpc.submission import LOGS, SlurmJob, Submission, new_submission, pack
 from cellhpc.sweep import Run, plan_runs
 from tests import small
 from tests.conftest import Cellhpc
@@ -77,6 +79,57 @@ def test_why_each_run_is_not_done(begun: tuple[StudyFolder, Job, list[Run]]) -> 
     assert found[runs[4].id].state == "missing"
     assert found[runs[4].id].reason.startswith("train-0001 ended before it: killed")
     assert found[runs[6].id].state == found[runs[7].id].state == "stopped"
+
+
+def test_what_slurm_does_not_answer_is_unknown_and_not_failed(
+    begun: tuple[StudyFolder, Job, list[Run]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, job, runs = begun
+    made = new_submission(study, "slurm", pack([run.id for run in runs], 1, 1, 3, 0))
+    made = made.with_job(SlurmJob("12", "train", 0, 3, True))
+    for task in made.tasks:
+        made.task_folder(task).mkdir()
+    (made.task_folder("train-0000") / "ends").write_text("1 n1 12-0 1 cancelled\n")
+    (made.task_folder("train-0001") / "ends").write_text("1 n1 13-0 1 crashed\n")  # and perhaps queued again
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status = look(study, job)
+    assert status.counts == {"unknown": 6, "stopped": 3}
+    assert status.at_work
+    assert "squeue is not on PATH" in status.notes[0]
+
+
+def test_a_run_that_failed_is_told_while_others_of_its_task_are_trained(
+    begun: tuple[StudyFolder, Job, list[Run]],
+) -> None:
+    study, job, runs = begun
+    made = submission(study, runs, tasks=1)
+    why = {"reason": "the loss is nan", "submission": made.number, "task": "train-0000"}
+    (study.runs / runs[0].id).mkdir(parents=True)
+    write_json(study.runs / runs[0].id / FAILED, why)
+    with study.locked():
+        assert look(study, job).counts == {"waiting": 8, "failed": 1}
+
+
+def test_jobs_of_another_cluster_with_our_numbers_are_not_ours(
+    begun: tuple[StudyFolder, Job, list[Run]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _, runs = begun
+    made = new_submission(study, "slurm", pack([run.id for run in runs], 1, 1, 1, 0))
+    made = made.with_job(SlurmJob("12", "train", 0, 1, False))
+    comment = f"cellhpc:s:0001:{made.about['id']}"
+    for known_as, count in ((comment, 1), ("cellhpc:s:0001:another", 0), ("", 0)):
+        state = JobState("12", "RUNNING", comment=known_as)
+        monkeypatch.setattr(slurm, "queue", lambda state=state: {"12": state})
+        assert len(submitted_tasks(study).tasks) == count
+
+
+def test_a_command_that_has_ended_does_not_run_when_another_holds_the_study(
+    begun: tuple[StudyFolder, Job, list[Run]],
+) -> None:
+    study, job, runs = begun
+    submission(study, runs).with_end()
+    with study.locked():
+        assert not look(study, job).at_work
 
 
 def test_a_run_of_a_command_at_work_is_running_with_how_far_it_is(begun: tuple[StudyFolder, Job, list[Run]]) -> None:

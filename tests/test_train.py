@@ -221,9 +221,7 @@ class TestInterruptions:
             left.update(snapshot(tmp_path / run.id))
 
         with pytest.raises(Superseded, match="attempt 001 of run-0-0 was superseded by 002"):
-            train_run(
-                trainer, run, folds, tmp_path, small.After(after, succeed, checkpoint_seconds=0 if after == 2 else 600)
-            )
+            train_run(trainer, run, folds, tmp_path, small.After(after, succeed, checkpoint_seconds))
         assert left
         assert snapshot(tmp_path / run.id) == left
         assert outputs(tmp_path / run.id).name == "002"

@@ -73,7 +73,14 @@ Work = Callable[..., Any]
 
 
 class ConversionStopped(UserError):
-    """A stop was asked for; what is done stays done, and the same call does the rest."""
+    """A stop was asked for; what is done stays done, and the same call does the rest.
+
+    `done` counts the jobs that ended since the call began.
+    """
+
+    def __init__(self, done: int) -> None:
+        super().__init__("The conversion was stopped. What is done stays done: type the same command again.")
+        self.done = done
 
 
 @dataclass(frozen=True)
@@ -264,10 +271,11 @@ def _run(
     waiting: dict[Any, tuple[Any, Any]] = {}
     ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
     manned = heard = time.monotonic()
+    done = 0
     while True:
         if stop():
             client.cancel([future for future, _ in waiting.values()], force=True)
-            raise ConversionStopped("The conversion was stopped. What is done stays done: type the same command again.")
+            raise ConversionStopped(done)
         now, threads = time.monotonic(), present(client)[0]
         manned = now if threads else manned
         for function, arguments, name in itertools.islice(
@@ -288,6 +296,7 @@ def _run(
         future, name = waiting.pop(fetched)
         result = _result(fetched)
         future.release()
+        done += 1
         yield name, result
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 from cellhpc.screens.bbbc014 import read_bbbc014
 from cellhpc.screens.bbbc021 import read_bbbc021
 from cellhpc.screens.manifest import read_manifest
+from cellhpc.screens.metaxpress import read_metaxpress
 from cellhpc.screens.summary import render_summary, summary
 from cellhpc.screens.table import Screen, require_sound
-from cellhpc.settings import Bbbc014Screen, Bbbc021Screen, ManifestScreen
+from cellhpc.settings import Bbbc014Screen, Bbbc021Screen, ManifestScreen, MetaxpressScreen
 
 __all__ = ["Screen", "read_screen", "render_summary", "require_sound", "summary"]
 
 
-def read_screen(settings: Bbbc021Screen | Bbbc014Screen | ManifestScreen, check_files: bool = True) -> Screen:
+def read_screen(
+    settings: Bbbc021Screen | Bbbc014Screen | ManifestScreen | MetaxpressScreen, check_files: bool = True
+) -> Screen:
     """Read a screen's tables into its fields table.
 
     Parameters
@@ -45,3 +48,5 @@ def read_screen(settings: Bbbc021Screen | Bbbc014Screen | ManifestScreen, check_
             return read_bbbc014(settings, check_files)
         case ManifestScreen():
             return read_manifest(settings, check_files)
+        case MetaxpressScreen():
+            return read_metaxpress(settings, check_files)
