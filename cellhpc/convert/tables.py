@@ -30,8 +30,8 @@ def write_tables(plan: ConversionPlan, plate: Plate) -> None:
     - tile, its place in the field, row-major from 0; row, its place in the plate's array;
     - signal_fraction, the fraction of its values that are signal (NaN in bad fields); kept, whether it is to be used.
 
-    ``plate.json`` has digest, labels (the digest of its part of the fields table), counts, statistics, bad_fields, and
-    the versions that it was made by.
+    ``plate.json`` has digest, labels (the digest of its part of the fields table), counts, statistics, bad_fields, the
+    root of its pictures, and the versions that it was made by.
 
     Raises
     ------
@@ -54,6 +54,7 @@ def write_tables(plan: ConversionPlan, plate: Plate) -> None:
     record = {
         "digest": plate.digest,
         "labels": plate.labels_digest,
+        "root": str(plan.root),
         "counts": {
             "fields": int(good.sum()),
             "bad_fields": len(bad),
