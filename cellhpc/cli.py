@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -142,6 +143,36 @@ def train(**options: Any) -> None:
 def aggregate(**options: Any) -> None:
     """Score the finished runs, draw the figures, write the report."""
     _stages(("aggregate",), **options)
+
+
+@cli.command()
+@click.argument("store", metavar="STORE", type=click.Path(path_type=Path))
+@click.option("--raw", metavar="DIR", type=click.Path(path_type=Path), help="Where the raw pictures lie by now.")
+@click.option("--sample", type=click.IntRange(0), default=20, show_default=True, help="Fields to make anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(store: Path, raw: Path | None, sample: int, as_json: bool) -> None:
+    """Read every shard of a store again, make some fields anew from the raw pictures. Exit code 0 if all is well."""
+    from cellhpc.convert.upkeep import verify as look
+
+    found = look(store, raw, sample)
+    lines = [f"{found.plates:,} plates, {found.shards:,} shards, {found.bytes / 1e6:,.0f} MB read again; "
+             f"{found.compared:,} fields made anew and compared"]  # fmt: skip
+    if found.without_pictures:
+        lines.append(f"{found.without_pictures:,} fields could not be: their raw pictures are not there (--raw DIR)")
+    lines += [f"  - {problem}" for problem in found.problems] or ["All is well."]
+    _answer(asdict(found), as_json, lambda: click.echo("\n".join(lines)))
+    sys.exit(UserError.exit_code if found.problems else 0)
+
+
+@cli.command()
+@click.argument("store", metavar="STORE", type=click.Path(path_type=Path))
+@click.argument("plates", metavar="PLATE...", nargs=-1, required=True)
+def remove(store: Path, plates: tuple[str, ...]) -> None:
+    """Remove plates from a store; the others stay as they are."""
+    from cellhpc.convert.upkeep import remove as take_away
+
+    take_away(store, plates)
+    click.echo(f"removed: {', '.join(plates)}")
 
 
 @cli.command()

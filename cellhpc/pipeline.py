@@ -10,9 +10,9 @@ from cellhpc.attempts import finished
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
-from cellhpc.ledger import done_digest
+from cellhpc.ledger import done_digest, write_json
 from cellhpc.networks import check, input_channels
-from cellhpc.record import is_store
+from cellhpc.record import finished_plates
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
 from cellhpc.study import StudyFolder
@@ -48,6 +48,11 @@ class StudyPlan:
     runs: tuple[Run, ...]
     converted: bool
     missing: tuple[Run, ...]
+
+    @property
+    def plates(self) -> list[str]:
+        """Names of the plates that the study uses."""
+        return [plate.name for plate in self.conversion.plates]
 
     @property
     def steps(self) -> int:
@@ -121,8 +126,8 @@ def plan_study(job: Job) -> StudyPlan:
     sizes = tile_sizes_px(job)
     folder = StudyFolder(job.study.folder)
     store = folder.store(job)
-    # Once it is converted, a study needs its tables and no more: the raw pictures may lie elsewhere by then.
-    screen = read_screen(job.screen, check_files=not is_store(store))
+    # Once it is converted, a plate needs its tables and no more: the raw pictures may lie elsewhere by then.
+    screen = read_screen(job.screen, converted=finished_plates(store))
     require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
     folds = plan_folds(screen.fields, job.folds)
     conversion = plan_conversion(job.convert, screen, sizes, store)
@@ -140,6 +145,7 @@ def claim_study(plan: StudyPlan) -> None:
         The folder belongs to another job file or split.
     """
     plan.folder.claim(plan.job)
+    write_json(plan.folder.plates, plan.plates)
     path = plan.folder.folds
     if not path.exists():
         write_folds(path, plan.folds)
@@ -187,7 +193,7 @@ def convert_study(plan: StudyPlan, stop: Callable[[], bool] = lambda: False) -> 
         check_networks(plan)
         convert(plan.conversion, stop=stop)
         plan = replace(plan_study(plan.job), converted=False)
-    check_folds(plan.folds, Store.open(plan.conversion.store).tiles)
+    check_folds(plan.folds, Store.open(plan.conversion.store, plan.plates).tiles)
     return plan
 
 

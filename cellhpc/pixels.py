@@ -130,11 +130,17 @@ def read_field(root: Path, files: Sequence[str], expected: FieldFormat) -> np.nd
 
 def file_bytes(root: Path, files: Sequence[str]) -> int:
     """Size of a field's files on disk in bytes; a missing file counts 0."""
-    total = 0
+    return file_state(root, files)[0]
+
+
+def file_state(root: Path, files: Sequence[str]) -> tuple[int, int]:
+    """Size in bytes of a field's files together, and when the last was written, in ns; missing files count 0."""
+    size, modified = 0, 0
     for name, _ in _planes_by_file(files):
         with contextlib.suppress(OSError):  # why it can't be read is told when it is read
-            total += (root / name).stat().st_size
-    return total
+            state = (root / name).stat()
+            size, modified = size + state.st_size, max(modified, state.st_mtime_ns)
+    return size, modified
 
 
 def _planes_by_file(files: Sequence[str]) -> list[tuple[str, int]]:

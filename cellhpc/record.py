@@ -1,30 +1,64 @@
-"""The record of a finished store, `store.json`: what it was made from, and which fields had to be set aside."""
+"""What lies where in a store of tiles, and the records that say what it holds.
+
+A store is a folder::
+
+    store.json                     what it is: settings, channels, size and type of a field; written first
+    tiles.zarr/PLATE/tiles_224/    an array for each plate and tile size, a file for each shard
+    plates/PLATE/                  markers of the plate's tasks, its tables, and last `plate.json`: it is finished
+    lock
+
+Plates come and go without touching each other.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cellhpc.ledger import digest, read_json
 
-STORE = "store.json"
+STORE, ARRAYS, PLATES, PLATE, LOCK = "store.json", "tiles.zarr", "plates", "plate.json", "lock"
+TILES, FIELDS = "tiles.parquet", "fields.parquet"
 
 
 def is_store(folder: Path) -> bool:
-    """Tell whether a store that was finished once lies in a folder."""
+    """Tell whether a store lies in a folder, finished or begun."""
     return (folder / STORE).is_file()
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read a store's record; empty where there is none."""
+def plate_folder(store: Path, plate: str) -> Path:
+    """Folder of a plate's records."""
+    return store / PLATES / plate
+
+
+def read_identity(store: Path) -> dict[str, Any]:
+    """Read what a store is; empty where there is none."""
+    return _read(store / STORE)
+
+
+def read_plate(store: Path, plate: str) -> dict[str, Any]:
+    """Read the record of a finished plate; empty where it is not finished."""
+    return _read(plate_folder(store, plate) / PLATE)
+
+
+def finished_plates(store: Path) -> list[str]:
+    """List the plates that are finished, sorted."""
+    return sorted(path.parent.name for path in (store / PLATES).glob(f"*/{PLATE}"))
+
+
+def content_digest(store: Path, plates: Iterable[str]) -> str:
+    """Digest of what a store holds of these plates; empty while one of them is not finished."""
+    records = {plate: read_plate(store, plate) for plate in plates}
+    if not records or not all(records.values()):
+        return ""
+    known = {name: [one["digest"], one["labels"], one["bad_fields"]] for name, one in records.items()}
+    return digest([read_identity(store), known])
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = read_json(folder / STORE)
+        record: dict[str, Any] = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     return record
-
-
-def content_digest(record: dict[str, Any]) -> str:
-    """Digest of what a finished store holds, from its record: the plan's, and that of the fields set aside."""
-    stated: str = record["digest"]
-    return digest([stated, record["bad_fields"]]) if record["bad_fields"] else stated

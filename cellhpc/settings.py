@@ -202,9 +202,24 @@ class ConvertSettings(Settings):
 
     store: UserPath | None = None
     """Folder of the converted store; by default `store` in the study's folder. Studies may share one."""
-    preprocessing: Literal["kensert2019", "none"] = "kensert2019"
-    """`kensert2019`: Anscombe transform, z-score on the plate's DMSO pixels, joint min-max of an image to 0..255.
-    `none`: 8-bit pixels as they are."""
+    preprocessing: Literal["kensert2019", "zscore", "percentile", "none"] = "kensert2019"
+    """How intensities become grey levels 0..255.
+    `kensert2019`: Anscombe transform, z-score on the plate's DMSO pixels, joint min-max of each field: loses how bright
+    a field is beside others. `zscore`: the same scores from the fixed `zscore_range`: keeps that, loses what lies
+    beyond. `percentile`: each channel from one percentile of the plate's pixels to the other: loses what lies beyond,
+    and differences between plates. `none`: 8-bit pixels as they are."""
+    statistics: Literal["dmso", "plate"] = "dmso"
+    """Which fields of a plate its statistics are of: the controls, or all that are used. These see treated wells too,
+    as the paper's do not."""
+    zscore_range: tuple[float, float] = (-2.0, 6.0)
+    """The scores that become 0 and 255, with `preprocessing = "zscore"`."""
+    percentiles: tuple[float, float] = (0.1, 99.9)
+    """The two percentiles, with `preprocessing = "percentile"`."""
+    illumination: Literal["none", "mean", "median"] = "none"
+    """Divide each channel by how the microscope lights it: the mean or median picture of the plate's fields, smoothed.
+    Every file is read once more, and intensities are rounded to whole counts."""
+    illumination_sigma_px: float = Field(100.0, gt=0)
+    """Deviation of the Gaussian that smooths it, in pixels of a field: larger than a cell, smaller than a field."""
     tile_grid: tuple[int, int] = (2, 2)
     """Tiles in a field: rows, columns. A rest that does not divide is refused."""
     empty_above: int = Field(50, ge=0, le=255)
@@ -213,8 +228,20 @@ class ConvertSettings(Settings):
     """A tile is set aside when at most this fraction of its values is signal; with 0, when nothing is."""
     shard_fields: int = Field(16, ge=1)
     """Fields in one shard, the unit of work of one task."""
+    codec: Literal["zstd", "lz4", "none"] = "zstd"
+    """Lossless compression of the tiles, by Blosc with bit shuffle: `zstd` makes them smaller, `lz4` reads faster."""
     on_bad_field: Literal["fail", "skip"] = "fail"
     """A field that can't be read: refuse its plate, or set the field aside and count it."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for key in ("zscore_range", "percentiles"):
+            low, high = getattr(self, key)
+            if not low < high:
+                raise ValueError(f"{key} is [{low:g}, {high:g}]; the second must be larger than the first")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles are {list(self.percentiles)}; allowed are numbers from 0 to 100")
+        return self
 
 
 class FoldsSettings(Settings):

@@ -19,7 +19,7 @@ from cellhpc.attempts import FAILED, finished, newest
 from cellhpc.errors import UsageError
 from cellhpc.folds import read_folds
 from cellhpc.ledger import done_digest, read_json
-from cellhpc.record import content_digest, is_store, read_record
+from cellhpc.record import content_digest
 from cellhpc.settings import Job
 from cellhpc.slurm import JobState, NotAnswered
 from cellhpc.study import StudyFolder
@@ -220,8 +220,7 @@ def look(study: StudyFolder, job: Job) -> Status:
     except NotAnswered as fault:
         live = Live(known=False)
         notes.append(f"Slurm's queue could not be asked ({fault}): what waits or runs is not known.")
-    store = study.store(job)
-    content = content_digest(read_record(store)) if is_store(store) else ""
+    content = content_digest(study.store(job), read_json(study.plates)) if study.plates.exists() else ""
     runs = plan_runs(job, read_folds(study.folds), content) if study.folds.exists() else []
     done = {run.id for run in runs if finished(study.runs / run.id, run.digest)}
     unfinished = [run.id for run in runs if run.id not in done]

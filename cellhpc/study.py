@@ -35,6 +35,11 @@ class StudyFolder:
         return self.path / "folds.json"
 
     @property
+    def plates(self) -> Path:
+        """Names of the plates that the study uses; its store may hold others."""
+        return self.path / "plates.json"
+
+    @property
     def site(self) -> Path:
         """The resolved site file of the last submission."""
         return self.path / "site.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,66 +11,78 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from cellhpc.convert.plan import ARRAYS
 from cellhpc.errors import DataError, UsageError, listing
-from cellhpc.ledger import read_json
-from cellhpc.record import STORE, content_digest
+from cellhpc.record import ARRAYS, FIELDS, TILES, content_digest, finished_plates, plate_folder, read_identity
 
 
 @dataclass(frozen=True)
 class Store:
-    """A finished store of tiles.
+    """Finished plates of a store of tiles.
 
     Attributes
     ----------
     folder
         Where it lies.
-    digest
-        Of the settings and the fields that it was made from.
+    plates
+        The plates that are looked at; it may hold others.
     channels
         Names, in the order of the last axis.
     tile_sizes_px
         Sides of the tiles that it holds.
     content_digest
-        Of what it holds: `digest`, and the fields that were set aside.
+        Of what it holds of these plates.
     """
 
     folder: Path
-    digest: str
+    plates: tuple[str, ...]
     channels: tuple[str, ...]
     tile_sizes_px: tuple[int, ...]
     content_digest: str
 
     @classmethod
-    def open(cls, folder: Path | str) -> Store:
+    def open(cls, folder: Path | str, plates: Sequence[str] | None = None) -> Store:
         """Open a store.
+
+        Parameters
+        ----------
+        folder
+            Where it lies.
+        plates
+            The plates to look at; by default all that are finished.
 
         Raises
         ------
         UsageError
-            There is none, or its conversion is not finished.
+            There is none, or the conversion of a plate is not finished.
         """
         folder = Path(folder)
-        try:
-            record = read_json(folder / STORE)
-        except (FileNotFoundError, NotADirectoryError):
-            state = "its conversion is not finished" if (folder / ARRAYS).exists() else "no store of tiles is there"
-            raise UsageError(f"{folder}: {state}. Type: cellhpc convert JOB.toml") from None
-        identity = record["identity"]
+        finished = finished_plates(folder)
+        wanted = tuple(finished if plates is None else sorted(plates))
+        if not wanted or (missing := sorted(set(wanted) - set(finished))):
+            there = (folder / ARRAYS).exists()
+            state = "its conversion is not finished" if there else "no store of tiles is there"
+            if finished and missing:
+                state = f"the conversion of {listing(missing)} is not finished"
+            raise UsageError(f"{folder}: {state}. Type: cellhpc convert JOB.toml")
+        identity = read_identity(folder)
         channels, sizes = tuple(identity["channels"]), tuple(identity["tile_sizes_px"])
-        return cls(folder, record["digest"], channels, sizes, content_digest(record))
+        return cls(folder, wanted, channels, sizes, content_digest(folder, wanted))
 
     @cached_property
     def tiles(self) -> pd.DataFrame:
         """The tiles that are kept, sorted by plate, well, field and tile; columns as in ``tiles.parquet``."""
-        tiles = pd.read_parquet(self.folder / "tiles.parquet")
+        tiles = self._tables(TILES)
         used = tiles[tiles["kept"] & (tiles["role"] == "treatment")]
         return used.sort_values(["plate", "well", "field", "tile"], ignore_index=True)
 
     @cached_property
     def fields(self) -> pd.DataFrame:
         """The fields that were read, with their quality figures; columns as in ``fields.parquet``."""
-        return pd.read_parquet(self.folder / "fields.parquet")
+        return self._tables(FIELDS)
+
+    def _tables(self, name: str) -> pd.DataFrame:
+        tables = [pd.read_parquet(plate_folder(self.folder, plate) / name) for plate in self.plates]
+        return pd.concat(tables, ignore_index=True)
 
     def read(self, tiles: pd.DataFrame, tile_px: int) -> np.ndarray:
         """Read tiles.

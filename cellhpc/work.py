@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from cellhpc.attempts import ABOUT, FAILED, finished, newest
-from cellhpc.convert.execute import ConversionStopped
+from cellhpc.convert.running import ConversionStopped
 from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
@@ -181,7 +181,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     job = study.read_job()
     watch.checkpoint_seconds = job.sweep.checkpoint_minutes * 60
     folds = read_folds(study.folds)
-    store = Store.open(study.store(job))
+    store = Store.open(study.store(job), read_json(study.plates))
     check_folds(folds, store.tiles)
     planned = {run.id: run for run in plan_runs(job, folds, store.content_digest, task.ranks)}
     runs = [planned[name] for name in task.runs if name in planned]  # a sweep may have been cut since

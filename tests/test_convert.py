@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from PIL import Image
 
 from cellhpc.convert import convert, plan_conversion
 from cellhpc.convert import execute as convert_module
-from cellhpc.correct import cut_tiles, histograms, plate_statistics
+from cellhpc.correct import TileRecipe, cut_tiles, histograms, plate_statistics
 from cellhpc.errors import DataError, UsageError, UserError
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
@@ -104,17 +105,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_tiles_are_those_of_the_plain_arithmetic(tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw")
     plan = plan_conversion(SETTINGS, screen, (24, 16), tmp_path / "store")
-    done = convert(plan, workers=2)
-    assert not done.was_finished
-    assert done.record["counts"] == {
+    assert not plan.is_finished
+    assert plan.counts() == {}
+    convert(plan, workers=2)
+    assert plan.is_finished
+    assert plan.counts() == {
         "plates": 2, "fields": 10, "bad_fields": 0, "tiles": 40, "kept_tiles": 40, "near_empty_tiles": 0,
+        "set_aside": [],
     }  # fmt: skip
-    store = Store.open(done.folder)
-    assert store.digest == plan.digest
+    store = Store.open(plan.store)
+    assert store.content_digest == plan.content_digest
     for plate in (0, 1):
         statistics = plate_statistics(sum(histograms(pixels(100 * plate + number)) for number in (5, 6)))
         for number in range(5):
-            wanted = cut_tiles(pixels(100 * plate + number), (2, 2), (16, 24), statistics)
+            wanted = cut_tiles(pixels(100 * plate + number), TileRecipe((2, 2), (16, 24)), statistics)
             mine = store.tiles.query(
                 f"plate == 'P{plate}' and well == 'B0{number // 2 + 1}' and field == {number % 2 + 1}"
             )
@@ -131,7 +135,6 @@ def test_one_file_for_each_shard_chunks_of_one_tile_and_a_padded_end(tmp_path: P
     assert array.shape == (20, 16, 16, 3)
     assert array.chunks == (1, 16, 16, 3)
     assert array.shards == (8, 16, 16, 3)
-    assert array.attrs["digest"] == plan.digest
     assert array.attrs["channels"] == list(CHANNELS)
     names = {path.name for path in (tmp_path / "store/tiles.zarr/P0/tiles_16").iterdir()}
     assert names == {"zarr.json", "c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0"}
@@ -148,6 +151,7 @@ def test_the_plan_counts_before_anything_is_written(tmp_path: Path) -> None:
     assert totals["bytes_in"] == sum(path.stat().st_size for path in (tmp_path / "raw").rglob("*.tif"))
     assert totals["bytes_out"] == 40 * 3 * (16**2 + 24**2)
     assert "10 fields of 2 plates, 64 x 80 uint16, 3 channels (dna, tubulin, actin)" in plan.render()
+    assert "4 of DMSO fields for the statistics" in plan.render()
 
 
 def test_fields_carry_quality_figures_and_near_empty_tiles_are_set_aside(tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_fields_carry_quality_figures_and_near_empty_tiles_are_set_aside(tmp_pat
     controls = store.fields[store.fields["role"] == "dmso"]
     assert controls.iloc[1]["mean_dna"] == pytest.approx(pixels(6)[..., 0].mean())
     assert len(store.tiles) == 18
-    every = pd.read_parquet(tmp_path / "store/tiles.parquet")
+    every = pd.read_parquet(tmp_path / "store/plates/P0/tiles.parquet")
     assert list(every["kept"][:4]) == [False, False, True, True]
     assert not store.read(every[:2], 16).any()
 
@@ -194,7 +198,7 @@ def test_rgb_pictures_as_they_are(tmp_path: Path) -> None:
     settings = ConvertSettings(preprocessing="none", tile_grid=(4, 5))
     convert(plan_conversion(settings, screen, (16,), tmp_path / "store"))
     store = Store.open(tmp_path / "store")
-    every = pd.read_parquet(store.folder / "tiles.parquet")
+    every = pd.read_parquet(store.folder / "plates/P0/tiles.parquet")
     whole = (pixels(0) // 16).astype(np.uint8)
     tiles = whole.reshape(4, 16, 5, 16, 3).swapaxes(1, 2).reshape(20, 16, 16, 3)
     kept = every["kept"][:20].to_numpy()
@@ -228,14 +232,14 @@ def test_killed_in_the_middle_and_continued_is_byte_identical(tmp_path: Path, ho
     convert(plan_conversion(settings, screen, (16, 24), tmp_path / "whole"), workers=2)
 
     (tmp_path / "program.py").write_text(PROGRAM)
-    work = tmp_path / "killed/work"
+    work = tmp_path / "killed/plates"
     process = subprocess.Popen(
         [sys.executable, tmp_path / "program.py", tmp_path / "raw", tmp_path / "killed"],
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         start_new_session=True,
     )
-    while len(list(work.glob("P?-000*.json"))) < 3:
+    while len(list(work.glob("P?/000*.json"))) < 3:
         assert process.poll() is None, "the conversion ended before it could be killed"
         time.sleep(0.002)
     workers = children(process.pid)
@@ -243,11 +247,11 @@ def test_killed_in_the_middle_and_continued_is_byte_identical(tmp_path: Path, ho
     process.send_signal(how)
     process.wait(timeout=60)
     wait_until_gone(workers)
-    assert not (tmp_path / "killed/store.json").exists()
+    assert not list(work.glob("P?/plate.json"))
     with pytest.raises(UsageError, match=r"its conversion is not finished. Type: cellhpc convert JOB.toml"):
         Store.open(tmp_path / "killed")
 
-    markers = [json.loads(path.read_text()) for path in work.glob("P?-000*.json")]
+    markers = [json.loads(path.read_text()) for path in work.glob("P?/000*.json")]
     finished = [tmp_path / "killed/tiles.zarr" / shard for marker in markers for shard in marker["shards"]]
     assert 0 < len(finished) < 40
     before = {path: path.stat().st_mtime_ns for path in finished}
@@ -311,7 +315,7 @@ def test_a_finished_store_is_left_alone_even_without_its_raw_pictures(tmp_path: 
     (tmp_path / "raw").rename(tmp_path / "elsewhere")
     plan = plan_conversion(SETTINGS, screen, (24,), tmp_path / "store")  # fewer sizes than it holds
     assert plan.is_finished
-    assert convert(plan).was_finished
+    convert(plan)
     assert "already converted" in plan.render()
     assert contents(tmp_path / "store") == before
 
@@ -350,9 +354,6 @@ def test_a_store_of_other_settings_names_what_differs(tmp_path: Path) -> None:
     assert "empty_above: 50 in the store, 60 wanted now" in str(fault.value)
     assert "tile_sizes_px: [16] in the store, [16, 24] wanted now" in str(fault.value)
     assert "--set convert.store=FOLDER" in str(fault.value)
-    relabelled = dataclasses.replace(screen, fields=screen.fields.assign(label="another"))
-    with pytest.raises(UsageError, match="labels or other columns of the fields differ"):
-        plan_conversion(SETTINGS, relabelled, (16,), tmp_path / "store")
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
@@ -381,6 +382,53 @@ def test_nothing_to_convert_and_nothing_that_can_be_read(tmp_path: Path) -> None
     assert "plate P0: P0/00_dna.tif: missing" in fault.value.problems
 
 
+# Plates come and go
+
+
+def test_a_plate_is_added_without_touching_the_others(tmp_path: Path) -> None:
+    screen = make_screen(tmp_path / "raw", plates=3)
+    two = dataclasses.replace(screen, fields=screen.fields[screen.fields["plate"] != "P1"])
+    first = plan_conversion(SETTINGS, two, (16,), tmp_path / "store")
+    convert(first)
+    before, digest = contents(tmp_path / "store"), first.content_digest
+    grown = plan_conversion(SETTINGS, screen, (16,), tmp_path / "store")
+    assert [plate.name for plate in grown.unfinished()] == ["P1"]
+    convert(grown)
+    after = contents(tmp_path / "store")
+    assert {name: after[name] for name in before} == before
+    assert set(Store.open(tmp_path / "store").tiles["plate"]) == {"P0", "P1", "P2"}
+    convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "at once"))
+    assert after == contents(tmp_path / "at once")
+    # A study of two plates does not see the third.
+    again = plan_conversion(SETTINGS, two, (16,), tmp_path / "store")
+    assert again.is_finished
+    assert again.content_digest == digest != grown.content_digest
+    assert set(Store.open(tmp_path / "store", ["P0", "P2"]).tiles["plate"]) == {"P0", "P2"}
+
+
+def test_a_plate_of_other_fields_is_refused_and_other_labels_are_written_without_a_pixel(tmp_path: Path) -> None:
+    screen = make_screen(tmp_path / "raw")
+    plan = plan_conversion(SETTINGS, screen, (16,), tmp_path / "store")
+    convert(plan)
+    fewer = dataclasses.replace(screen, fields=screen.fields.drop(index=0))
+    with pytest.raises(UsageError) as fault:
+        plan_conversion(SETTINGS, fewer, (16,), tmp_path / "store")
+    assert "has P0 from other fields or files than the screen's tables name now" in str(fault.value)
+    assert f"cellhpc remove {tmp_path / 'store'} P0" in str(fault.value)
+    before, digest = contents(tmp_path / "store"), plan.content_digest
+    (tmp_path / "raw").rename(tmp_path / "elsewhere")
+    relabelled = dataclasses.replace(screen, fields=screen.fields.assign(label="another"))
+    plan = plan_conversion(SETTINGS, relabelled, (16,), tmp_path / "store")
+    assert not plan.is_finished
+    convert(plan)
+    assert set(Store.open(tmp_path / "store").tiles["label"]) == {"another"}
+    assert plan.content_digest != digest
+    after = contents(tmp_path / "store")
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {f"plates/P{plate}/{name}" for plate in (0, 1) for name in
+                       ("fields.parquet", "tiles.parquet", "plate.json")}  # fmt: skip
+
+
 # Bad fields
 
 
@@ -393,6 +441,12 @@ def spoil(root: Path) -> None:
     (root / "P1/04_dna.tif").unlink()
 
 
+def mend(root: Path, good: Path) -> None:
+    """Put back what was there before."""
+    shutil.rmtree(root)
+    shutil.copytree(good, root)  # with the times of the files
+
+
 SPOILT = (
     r"plate P0: well B01 field 1: P0/00_tubulin.tif: truncated",
     r"plate P0: well B02 field 2: P0/03_actin.tif: has 64 x 81 pixels, the other fields have 64 x 80",
@@ -403,6 +457,7 @@ SPOILT = (
 
 def test_fail_lists_every_bad_field_of_every_plate(tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw")
+    shutil.copytree(tmp_path / "raw", tmp_path / "good")
     spoil(tmp_path / "raw")
     with pytest.raises(DataError) as fault:
         convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "store"))
@@ -410,9 +465,9 @@ def test_fail_lists_every_bad_field_of_every_plate(tmp_path: Path) -> None:
     for found, wanted in zip(fault.value.problems, SPOILT, strict=True):
         assert found.startswith(wanted)
     assert 'set convert.on_bad_field = "skip"' in str(fault.value)
-    assert not (tmp_path / "store/store.json").exists()
+    assert not list((tmp_path / "store/plates").glob("*/plate.json"))
 
-    make_screen(tmp_path / "raw")  # mended: what is missing is done, and nothing tells of the detour
+    mend(tmp_path / "raw", tmp_path / "good")  # what is missing is done, and nothing tells of the detour
     convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "store"))
     convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "whole"))
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
@@ -422,13 +477,15 @@ def test_skip_sets_bad_fields_aside_and_counts_them(tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw")
     spoil(tmp_path / "raw")
     skip = ConvertSettings(shard_fields=2, on_bad_field="skip")
-    record = convert(plan_conversion(skip, screen, (16,), tmp_path / "store")).record
-    assert record["counts"]["bad_fields"] == 4
-    assert [bad["plate"] + bad["well"] for bad in record["bad_fields"]] == ["P0B01", "P0B02", "P1B01", "P1B03"]
-    assert "truncated" in record["bad_fields"][0]["reason"]
+    plan = plan_conversion(skip, screen, (16,), tmp_path / "store")
+    convert(plan)
+    counts = plan.counts()
+    assert counts["bad_fields"] == 4
+    assert [bad["plate"] + bad["well"] for bad in counts["set_aside"]] == ["P0B01", "P0B02", "P1B01", "P1B03"]
+    assert "truncated" in counts["set_aside"][0]["reason"]
     store = Store.open(tmp_path / "store")
     assert len(store.tiles) == 24
-    every = pd.read_parquet(store.folder / "tiles.parquet")
+    every = pd.concat([pd.read_parquet(store.folder / f"plates/P{plate}/tiles.parquet") for plate in (0, 1)])
     assert len(every) == 40  # bad fields keep their place
     assert not every.loc[every["signal_fraction"].isna(), "kept"].any()
     assert (store.fields["bad"] != "").sum() == 4
@@ -436,11 +493,14 @@ def test_skip_sets_bad_fields_aside_and_counts_them(tmp_path: Path) -> None:
     assert not plan_conversion(SETTINGS, screen, (16,), store.folder).is_finished  # here bad fields are not allowed
 
     make_screen(tmp_path / "raw")  # mended: the next call takes them in
-    assert convert(plan_conversion(skip, screen, (16,), store.folder)).record["counts"]["kept_tiles"] == 40
+    plan = plan_conversion(skip, screen, (16,), store.folder)
+    convert(plan)
+    assert plan.counts()["kept_tiles"] == 40
 
 
 def test_a_bad_dmso_field_is_refused_or_skipped_and_its_return_redoes_the_plate(tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw", plates=1)
+    shutil.copytree(tmp_path / "raw", tmp_path / "good")
     control = tmp_path / "raw/P0/06_dna.tif"
     control.write_bytes(control.read_bytes()[:500])
     with pytest.raises(DataError, match=r"plate P0: well B04 field 1: P0/06_dna.tif: truncated") as fault:
@@ -449,7 +509,7 @@ def test_a_bad_dmso_field_is_refused_or_skipped_and_its_return_redoes_the_plate(
     skip = ConvertSettings(shard_fields=2, on_bad_field="skip")
     convert(plan_conversion(skip, screen, (16,), tmp_path / "store"))
     without = contents(tmp_path / "store")["tiles.zarr/P0/tiles_16/c.0.0.0.0"]
-    make_screen(tmp_path / "raw", plates=1)
+    mend(tmp_path / "raw", tmp_path / "good")
     convert(plan_conversion(skip, screen, (16,), tmp_path / "store"))
     convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "whole"))
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
@@ -464,7 +524,7 @@ def test_plates_that_can_not_be_normalised(tmp_path: Path, on_bad_field: Any) ->
     with pytest.raises(DataError) as fault:
         plan_conversion(settings, dataclasses.replace(screen, fields=bare), (16,), tmp_path / "store")
     assert fault.value.problems == ("plate P1: no DMSO field",)
-    assert 'Set convert.preprocessing = "none"' in str(fault.value)
+    assert 'Set convert.statistics = "plate"' in str(fault.value)
 
     for file in (tmp_path / "raw/P0").glob("0[56]_actin.tif"):
         tifffile.imwrite(file, np.full(SIZE, 7, np.uint16))

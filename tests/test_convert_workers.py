@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from cellhpc.convert import convert, execute, plan_conversion
-from cellhpc.convert.execute import ConversionStopped
+from cellhpc.convert.running import ConversionStopped
 from cellhpc.convert.workers import cores, serve
 from cellhpc.errors import UsageError, UserError
 from cellhpc.hosts import MEETING, RANK, RANKS
@@ -48,9 +48,10 @@ def whole(screen: Screen, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def converted(store: Path) -> dict[str, bytes]:
     """A store's files; the commit that other processes were started from may be another one by now."""
-    files = contents(store)
-    files["store.json"] = re.sub(rb'"(commit|dirty)": [^,\n]*', b"", files["store.json"])
-    return files
+    return {
+        name: re.sub(rb'"(commit|dirty)": [^,\n]*', b"", content) if name.endswith("plate.json") else content
+        for name, content in contents(store).items()
+    }
 
 
 class Ranks:
@@ -79,7 +80,7 @@ class Ranks:
         ]
 
     def markers(self) -> list[Path]:
-        return list((self.store / "work").glob("P?-000*.json"))
+        return list((self.store / "plates").glob("P?/000*.json"))
 
     def hold_back(self, rank: int) -> list[psutil.Process]:
         """Stop a rank's worker processes before they begin, so that it is the other ranks that do the work."""

@@ -12,6 +12,7 @@ from cellhpc.attempts import FAILED, Attempt
 from cellhpc.errors import UsageError
 from cellhpc.folds import plan_folds, write_folds
 from cellhpc.ledger import write_json
+from cellhpc.record import content_digest
 from cellhpc.settings import FoldsSettings, Job, parse_job
 from cellhpc.slurm import JobState
 from cellhpc.status import find_logs, last_error, look, open_study, submitted_tasks
@@ -35,8 +36,11 @@ def begun(tmp_path: Path) -> tuple[StudyFolder, Job, list[Run]]:
     study.claim(job)
     folds = plan_folds(small.tiles(), FoldsSettings())
     write_folds(study.folds, folds)
-    write_json(study.store(job) / "store.json", {"digest": "d", "bad_fields": []})
-    return study, job, plan_runs(job, folds, "d")
+    store = study.store(job)
+    write_json(study.plates, ["P1"])
+    write_json(store / "store.json", {"format": 2})
+    write_json(store / "plates" / "P1" / "plate.json", {"digest": "d", "labels": "l", "bad_fields": []})
+    return study, job, plan_runs(job, folds, content_digest(store, ["P1"]))
 
 
 def submission(study: StudyFolder, runs: list[Run], tasks: int = 3) -> Submission:

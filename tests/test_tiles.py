@@ -43,7 +43,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             )
     settings = ConvertSettings(preprocessing="none", shard_fields=2)
     plan = plan_conversion(settings, Screen(pd.DataFrame(rows), ("dna",), root), (8, 4), root / "store")
-    return Store.open(convert(plan, workers=1).folder)
+    convert(plan, workers=1)
+    return Store.open(plan.store)
 
 
 def grey(plate: int, number: int, tile: int) -> int:

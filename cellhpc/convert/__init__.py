@@ -1,6 +1,11 @@
-"""Raw fields to 8-bit tiles: plan (what will be done), tasks (done by workers), tables (the index), execute (Dask)."""
+"""Raw fields to 8-bit tiles.
 
-from cellhpc.convert.execute import Conversion, convert
-from cellhpc.convert.plan import ConversionPlan, plan_conversion
+`planning` makes a `plan`, which is data; `tasks` are what workers do; `bases` finds out what a plate is normalised by;
+`execute` carries out a plan, `running` its jobs, on Dask's `workers`; `tables` indexes what was made.
+"""
 
-__all__ = ["Conversion", "ConversionPlan", "convert", "plan_conversion"]
+from cellhpc.convert.execute import convert
+from cellhpc.convert.plan import ConversionPlan
+from cellhpc.convert.planning import plan_conversion
+
+__all__ = ["ConversionPlan", "convert", "plan_conversion"]

@@ -3,37 +3,28 @@
 The unit of work is a task: the fields of one shard. Every field has its fixed place of rows x columns tiles in the
 array of its plate, so that a task owns whole shards and tasks never meet in a file. A block that covers a part of a
 shard would silently lose what another task wrote into it; a plan in which that can happen is refused when it is made.
+
+A plate is converted for itself, with a digest of its own: others are added to a store and removed without touching it.
 """
 
 from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cellhpc.errors import DataError, UsageError, listing
-from cellhpc.ledger import digest, read_json
-from cellhpc.pixels import BadField, FieldFormat, file_bytes, probe_field
-from cellhpc.record import STORE, content_digest
-from cellhpc.screens import Screen
+from cellhpc.correct import TileRecipe
+from cellhpc.errors import listing
+from cellhpc.pixels import FieldFormat, file_bytes
+from cellhpc.record import content_digest, read_plate
 from cellhpc.settings import ConvertSettings
 
-FORMAT = 1
-"""Raised when the same settings give other pixels, or when the store is laid out differently."""
-
-ARRAYS = "tiles.zarr"
-WORK = "work"
-
-PIXEL_SETTINGS = ("preprocessing", "tile_grid", "empty_above", "empty_fraction", "shard_fields")
-"""Keys of `[convert]` that the store's content depends on."""
-
-FIELD_KEY = ["plate", "well", "field"]
+WORKER_BYTES = 300e6
+"""What a worker process needs besides its blocks: interpreter and libraries, measured by tests/bench/convert.py."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,7 @@ class FieldSource:
     files: tuple[str, ...]
     bytes: int
     """Size of the files; 0 when they are missing."""
+    role: str
 
     def __str__(self) -> str:
         return f"well {self.well} field {self.field}"
@@ -52,13 +44,33 @@ class FieldSource:
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate: how many of its fields become tiles, and the DMSO fields that it is normalised by."""
+    """A plate of a conversion.
+
+    Attributes
+    ----------
+    name
+        Its name, and that of its folders.
+    fields
+        Count of the fields that become tiles.
+    reference
+        The fields that its pixels are normalised by; none if they are taken as they are.
+    lit
+        The fields that its illumination is estimated from; none without correction.
+    reference_digest
+        Of these, and of how they are read.
+    digest
+        Of everything that its tiles depend on.
+    labels_digest
+        Of its part of the fields table.
+    """
 
     name: str
     fields: int
-    dmso: tuple[FieldSource, ...]
+    reference: tuple[FieldSource, ...]
+    lit: tuple[FieldSource, ...]
+    reference_digest: str
     digest: str
-    """Of the DMSO fields and how they are read."""
+    labels_digest: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class ConversionPlan:
     fields
         The fields table of the fields that become tiles and, if needed, of the DMSO fields, by plate, well and field.
     identity
-        What the store is: two conversions with the same identity give the same bytes.
+        What the store is; all its plates are made alike.
     """
 
     settings: ConvertSettings
@@ -119,28 +131,26 @@ class ConversionPlan:
         if owned:
             raise ValueError(f"tasks of unknown plates: {listing(owned)}")
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the store that this plan makes."""
-        return digest(self.identity)
+    @property
+    def recipe(self) -> TileRecipe:
+        """How a field becomes tiles."""
+        return TileRecipe(
+            grid=self.settings.tile_grid,
+            tile_sizes_px=self.tile_sizes_px,
+            preprocessing=self.settings.preprocessing,
+            zscore_range=self.settings.zscore_range,
+            empty_above=self.settings.empty_above,
+            empty_fraction=self.settings.empty_fraction,
+        )
 
     @property
     def content_digest(self) -> str:
-        """Digest of what the store holds: the plan's own, and with fields set aside, also of these."""
-        recorded = _read(self.store / STORE)
-        return content_digest(recorded) if recorded.get("digest") == self.digest else self.digest
-
-    def counts(self) -> dict[str, Any]:
-        """Tell what a finished conversion kept and set aside; empty when it is not finished."""
-        recorded = _read(self.store / STORE)
-        if recorded.get("digest") != self.digest:
-            return {}
-        keys = ("plate", "well", "field", "role", "reason")
-        return {**recorded["counts"], "set_aside": [{key: bad[key] for key in keys} for bad in recorded["bad_fields"]]}
+        """Digest of what the store holds of the plan's plates; empty while one is not finished."""
+        return content_digest(self.store, [plate.name for plate in self.plates])
 
     @property
     def normalised(self) -> bool:
-        """Whether DMSO fields are read for their statistics."""
+        """Whether a plate's pixels are normalised by statistics."""
         return self.settings.preprocessing != "none"
 
     @property
@@ -150,259 +160,102 @@ class ConversionPlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the store is there as planned; with fields set aside, only if these are still as they were.
+        """Whether all plates are there as planned."""
+        return not self.unfinished()
 
-        With `on_bad_field = "fail"`, a store with fields set aside is not finished.
-        """
-        recorded = _read(self.store / STORE)
-        if recorded.get("digest") != self.digest:
-            return False
-        return all(self.still_bad(bad) for bad in recorded["bad_fields"])
+    def unfinished(self) -> list[Plate]:
+        """List the plates that are not there as planned; one with fields set aside is, if these are as they were."""
+        return [plate for plate in self.plates if not self._is_finished(plate)]
+
+    def _is_finished(self, plate: Plate) -> bool:
+        record = read_plate(self.store, plate.name)
+        known = (record.get("digest"), record.get("labels")) == (plate.digest, plate.labels_digest)
+        return known and all(self.still_bad(bad) for bad in record["bad_fields"])
 
     def still_bad(self, bad: dict[str, Any]) -> bool:
         """Whether a field that was set aside may stay so: that is allowed, and its files have the size they had."""
         return self.settings.on_bad_field == "skip" and file_bytes(self.root, bad["files"]) == bad["bytes"]
 
+    def counts(self) -> dict[str, Any]:
+        """Tell what a finished conversion kept and set aside of the plan's plates; empty when it is not finished."""
+        records = {plate.name: read_plate(self.store, plate.name) for plate in self.plates}
+        if not all(records.values()):
+            return {}
+        totals: collections.Counter[str] = collections.Counter(plates=len(records))
+        for record in records.values():
+            totals.update(record["counts"])
+        keys = ("well", "field", "role", "reason")
+        aside = [
+            {"plate": name, **{key: bad[key] for key in keys}}
+            for name, record in records.items()
+            for bad in record["bad_fields"]
+        ]
+        return {**totals, "set_aside": aside}
+
     def totals(self) -> dict[str, int]:
-        """Count the whole conversion, finished or not; `bytes_out` are those of the tiles before compression."""
+        """Count the whole conversion, finished or not; `bytes_out` are those of the tiles before compression.
+
+        `worker_bytes` is about what a worker process holds at most; the others count pictures, bytes and files.
+        """
         fields = sum(plate.fields for plate in self.plates)
-        dmso = [source for plate in self.plates for source in plate.dmso]
-        tile_bytes = sum(px * px for px in self.tile_sizes_px) * len(self.channels)
+        reference = [source for plate in self.plates for source in plate.reference]
+        lit = [source for plate in self.plates for source in plate.lit]
+        read = [*(source for task in self.tasks for source in task.fields), *reference, *lit]
         arrays = len(self.plates) * len(self.tile_sizes_px)
         return {
             "plates": len(self.plates),
             "fields": fields,
-            "dmso_fields": len(dmso),
+            "dmso_fields": int((self.fields["role"] == "dmso").sum()),
             "tiles": fields * self.tiles_per_field,
             "tasks": len(self.tasks),
-            "bytes_in": sum(source.bytes for task in self.tasks for source in task.fields)
-            + sum(source.bytes for source in dmso),
-            "bytes_out": fields * self.tiles_per_field * tile_bytes,
-            # shards and markers of tasks; metadata of arrays, plates and root; markers of plates; tables, records, lock
+            "bytes_in": sum(source.bytes for source in read),
+            "bytes_out": fields * self.field_bytes_out,
+            # shards and markers of tasks; metadata of arrays, plates and root; of each plate its record, two tables,
+            # statistics and illumination; the store's own record and lock
             "files": len(self.tasks) * (len(self.tile_sizes_px) + 1)
             + arrays + len(self.plates) + 1
-            + (len(self.plates) if self.normalised else 0) + 5,
+            + len(self.plates) * (3 + self.normalised + 2 * (self.settings.illumination != "none")) + 2,
+            "worker_bytes": self.worker_bytes,
         }  # fmt: skip
+
+    @property
+    def field_bytes_out(self) -> int:
+        """Bytes of a field's tiles before compression."""
+        return self.tiles_per_field * sum(px * px for px in self.tile_sizes_px) * len(self.channels)
+
+    @property
+    def worker_bytes(self) -> int:
+        """About what a worker process holds at most: itself, a field with its grey levels, and a shard twice."""
+        pixels = self.format.height * self.format.width
+        field = pixels * len(self.channels) * (2 if self.format.dtype == "uint8" else 4)
+        gains = 2 * pixels * len(self.channels) * 4 if self.settings.illumination != "none" else 0
+        return int(WORKER_BYTES + field + gains + 2 * self.settings.shard_fields * self.field_bytes_out)
 
     def render(self) -> str:
         """Tell the plan in a few lines, for `--dry-run`."""
-        totals = self.totals()
+        totals, done = self.totals(), len(self.plates) - len(self.unfinished())
         sizes = " and ".join(str(px) for px in self.tile_sizes_px)
+        reference = sum(len(plate.reference) for plate in self.plates)
+        already = (
+            " (already converted)" if done == len(self.plates) else f" ({done:,} plates are there)" if done else ""
+        )
         lines = [
-            f"Convert into {self.store}" + (" (already converted)" if self.is_finished else ""),
+            f"Convert into {self.store}{already}",
             f"  read    {totals['fields']:,} fields of {totals['plates']:,} plates, {self.format}, "
             f"{len(self.channels)} channels ({', '.join(self.channels)})",
-            f"          {totals['dmso_fields']:,} DMSO fields for the statistics; {_size(totals['bytes_in'])} in all",
-            f"  write   {totals['tiles']:,} tiles of {sizes} pixels, at most {_size(totals['bytes_out'])}, "
+            f"          {reference:,} of {self.settings.statistics.replace('dmso', 'DMSO')} fields for the statistics"
+            + (", all fields for the illumination" if self.settings.illumination != "none" else "")
+            + f"; {size_text(totals['bytes_in'])} in all",
+            f"  write   {totals['tiles']:,} tiles of {sizes} pixels, at most {size_text(totals['bytes_out'])}, "
             f"in about {totals['files']:,} files",
-            f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields",
+            f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields; "
+            f"a worker holds about {size_text(totals['worker_bytes'])}",
         ]
         return "\n".join(lines)
 
 
-def plan_conversion(
-    settings: ConvertSettings, screen: Screen, tile_sizes_px: Sequence[int], store: Path
-) -> ConversionPlan:
-    """Plan the conversion of a screen's treatment fields.
-
-    Parameters
-    ----------
-    settings
-        The section `[convert]`.
-    screen
-        The screen; fields of role "treatment" become tiles, those of role "dmso" on the same plates normalise them.
-    tile_sizes_px
-        Sides of the tiles. A store that is there and holds these and further sizes is taken as it is.
-    store
-        Folder of the store.
-
-    Raises
-    ------
-    DataError
-        No field to convert or none that can be read, a plate without DMSO where it is needed, pixels that don't fit the
-        settings.
-    UsageError
-        The folder holds another store or something else; the tile grid does not divide the field.
-    """
-    files = [f"file_{channel}" for channel in screen.channels]
-    used = screen.fields[screen.fields["role"] == "treatment"]
-    if used.empty:
-        raise DataError(
-            f"{screen.root}: no labelled field is left to convert.",
-            remedy="See what the tables hold with: cellhpc inspect JOB.toml",
-        )
-    dmso = screen.fields[(screen.fields["role"] == "dmso") & screen.fields["plate"].isin(used["plate"])]
-    if settings.preprocessing == "none":
-        dmso = dmso.iloc[:0]
-    elif missing := sorted(set(used["plate"]) - set(dmso["plate"])):
-        raise DataError(
-            f'convert.preprocessing = "{settings.preprocessing}" normalises each plate by its DMSO wells, and '
-            f"{len(missing)} of {used['plate'].nunique()} plates have none.",
-            [f"plate {plate}: no DMSO field" for plate in missing],
-            'Set convert.preprocessing = "none" for 8-bit pictures that are normalised already, '
-            "or drop these plates from the screen's table.",
-        )
-    fields = pd.concat([used, dmso]).sort_values(FIELD_KEY, kind="stable", ignore_index=True)
-    recorded = recorded_identity(store)
-    sizes = sorted(set(tile_sizes_px))
-    if recorded and set(sizes) <= set(recorded["tile_sizes_px"]):
-        sizes = recorded["tile_sizes_px"]
-    identity = {
-        "format": FORMAT,
-        **settings.model_dump(mode="json", include=set(PIXEL_SETTINGS)),
-        "tile_sizes_px": sizes,
-        "channels": list(screen.channels),
-        "fields": len(used),
-        "dmso_fields": len(dmso),
-        "files_digest": _table_digest(fields[[*FIELD_KEY, "role", *files]]),
-        "labels_digest": _table_digest(fields.drop(columns=files)),
-    }
-    if recorded:
-        refuse_other_store(store, recorded, identity)
-    # A finished store needs no raw pixels, which may lie elsewhere by now.
-    finished = _read(store / STORE)
-    field_format = FieldFormat(**finished["field_format"]) if finished else _probe(screen.root, fields, files)
-    _check_format(settings, field_format)
-    how = {key: identity[key] for key in ("format", *PIXEL_SETTINGS, "tile_sizes_px", "channels")}
-    plates, tasks = _divide(screen.root, fields, files, {**how, "field_format": str(field_format)})
-    return ConversionPlan(
-        settings, store, screen.root, screen.channels, tuple(sizes), field_format, plates, tasks, fields, identity
-    )
-
-
-def recorded_identity(store: Path) -> dict[str, Any] | None:
-    """Identity of the store in a folder, finished or begun; None when nothing is there.
-
-    Raises
-    ------
-    UsageError
-        The folder holds something else.
-    """
-    for record in (store / STORE, store / WORK / "plan.json"):
-        if known := _read(record):
-            return known["identity"]
-    if store.exists() and (not store.is_dir() or any(path.name != WORK for path in store.iterdir())):
-        raise UsageError(
-            f"{store} is there and is no store of tiles. Choose another folder with --set convert.store=FOLDER, "
-            "or remove what is in it."
-        )
-    return None
-
-
-def refuse_other_store(store: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to mix two conversions in one folder.
-
-    Raises
-    ------
-    UsageError
-        Names what differs.
-    """
-    words = {
-        "files_digest": "names of fields and files",
-        "labels_digest": "labels or other columns of the fields",
-    }
-    differences = [
-        f"  - {words[key]} differ"
-        if key in words
-        else f"  - {key}: {recorded.get(key)!r} in the store, {wanted[key]!r} wanted now"
-        for key in wanted
-        if recorded.get(key) != wanted[key]
-    ]
-    if differences:
-        raise UsageError(
-            "\n".join([f"{store} was converted from other settings or tables:", *differences])
-            + "\nChoose another folder with --set convert.store=FOLDER, or remove this one."
-        )
-
-
-def _probe(root: Path, fields: pd.DataFrame, files: list[str]) -> FieldFormat:
-    """Find the most common size and type among the first, middle and last readable field of each plate.
-
-    Several are asked, so that one odd field does not make all others wrong.
-    """
-    votes: collections.Counter[FieldFormat] = collections.Counter()
-    reasons: list[str] = []
-    for plate, rows in fields.groupby("plate", sort=True):
-        names = list(rows[files].itertuples(index=False, name=None))
-        found = 0
-        for position in dict.fromkeys([0, len(names) // 2, len(names) - 1, *range(len(names))]):
-            try:
-                votes[probe_field(root, names[position])] += 1
-                found += 1
-            except BadField as fault:
-                reasons.append(f"plate {plate}: {fault.reason}")
-            if found == 3 or len(reasons) >= 1000:
-                break
-    if not votes:
-        raise DataError(
-            f"{root}: not one field can be read.", reasons, "Mend the pictures, or set screen.path to their folder."
-        )
-    return votes.most_common(1)[0][0]
-
-
-def _check_format(settings: ConvertSettings, field_format: FieldFormat) -> None:
-    rows, columns = settings.tile_grid
-    if min(rows, columns) < 1 or field_format.height % rows or field_format.width % columns:
-        raise UsageError(
-            f"convert.tile_grid: {rows} rows x {columns} columns of tiles do not divide a field of "
-            f"{field_format.height} x {field_format.width} pixels. Choose divisors of these, for example "
-            f"{_nearest_divisor(field_format.height, rows)} x {_nearest_divisor(field_format.width, columns)}."
-        )
-    if settings.preprocessing == "none" and field_format.dtype != "uint8":
-        raise DataError(
-            f'convert.preprocessing = "none" takes 8-bit pixels as they are; the fields are {field_format.dtype}.',
-            remedy='Set convert.preprocessing = "kensert2019" to normalise them, or convert the pictures to 8 bits.',
-        )
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
-
-
-def _divide(
-    root: Path, fields: pd.DataFrame, files: list[str], how: dict[str, Any]
-) -> tuple[tuple[Plate, ...], tuple[Task, ...]]:
-    """Cut each plate into tasks of whole shards."""
-    per_shard = how["shard_fields"]
-    plates, tasks = [], []
-    for name, rows in fields.groupby("plate", sort=True):
-        dmso = tuple(_sources(root, rows[rows["role"] == "dmso"], files))
-        used = list(_sources(root, rows[rows["role"] == "treatment"], files))
-        plates.append(Plate(str(name), len(used), dmso, digest({"how": how, "dmso": _names(dmso)})))
-        for shard in range(math.ceil(len(used) / per_shard)):
-            part = tuple(used[shard * per_shard : (shard + 1) * per_shard])
-            document = {"how": how, "plate": plates[-1].digest, "shard": shard, "fields": _names(part)}
-            tasks.append(Task(f"{name}-{shard:05d}", str(name), shard, part, digest(document)))
-    return tuple(plates), tuple(tasks)
-
-
-def _sources(root: Path, rows: pd.DataFrame, files: list[str]) -> Iterator[FieldSource]:
-    for well, field, *names in rows[["well", "field", *files]].itertuples(index=False, name=None):
-        yield FieldSource(well, int(field), tuple(names), file_bytes(root, names))
-
-
-def _names(sources: Sequence[FieldSource]) -> list[list[Any]]:
-    return [[source.well, source.field, *source.files] for source in sources]
-
-
-def _table_digest(table: pd.DataFrame) -> str:
-    columns = [str(column) for column in table.columns]
-    return digest({"columns": columns, "rows": table.astype(str).to_numpy().tolist()})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a record of the store; empty when it is not there."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except ValueError as fault:
-        raise UsageError(
-            f"{path}: no record of a store: {fault}. Remove the store's folder, or choose another."
-        ) from None
-
-
-def _size(count: int) -> str:
+def size_text(count: float) -> str:
+    """Tell a number of bytes in the unit that suits it."""
     value, unit = float(count), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:

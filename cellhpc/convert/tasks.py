@@ -1,4 +1,4 @@
-"""What a worker of a conversion does: count the pixels of DMSO fields, or turn the fields of one shard into tiles.
+"""What a worker of a conversion does: look at a plate's fields for its illumination and its statistics, make a shard.
 
 Plain functions of plain data. A shard is written whole: everything is read and computed first, in memory; then what an
 earlier, killed attempt may have left is removed, the shards are written and flushed to the disk, and a marker with the
@@ -7,6 +7,8 @@ digest of the task and the checksums of the shards comes last.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -18,11 +20,17 @@ import cv2
 import numpy as np
 import zarr
 
-from cellhpc.convert.plan import ARRAYS, WORK, ConversionPlan, FieldSource, Task
-from cellhpc.correct import FieldTiles, PlateStatistics, cut_tiles, histograms
+from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task
+from cellhpc.correct import PlateStatistics, TileRecipe, cut_tiles, histograms
 from cellhpc.errors import UserError
+from cellhpc.illumination import even_out, gains, shrink
 from cellhpc.ledger import read_json, write_json
-from cellhpc.pixels import BadField, FieldFormat, read_field
+from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
+from cellhpc.quality import measure
+from cellhpc.record import ARRAYS, plate_folder
+
+STATISTICS, ILLUMINATION = "statistics", "illumination"
+"""Names of the markers of a plate's own tasks; those of shards are their numbers."""
 
 
 @dataclass(frozen=True)
@@ -32,73 +40,88 @@ class Recipe:
     root: Path
     store: Path
     format: FieldFormat
-    grid: tuple[int, int]
-    tile_sizes_px: tuple[int, ...]
+    tiles: TileRecipe
     shard_fields: int
-    empty_above: int
-    empty_fraction: float
-    normalised: bool
     skip_bad: bool
 
     @classmethod
     def of(cls, plan: ConversionPlan) -> Recipe:
         """Take the recipe out of a plan."""
-        settings = plan.settings
-        return cls(
-            root=plan.root,
-            store=plan.store,
-            format=plan.format,
-            grid=settings.tile_grid,
-            tile_sizes_px=plan.tile_sizes_px,
-            shard_fields=settings.shard_fields,
-            empty_above=settings.empty_above,
-            empty_fraction=settings.empty_fraction,
-            normalised=plan.normalised,
-            skip_bad=settings.on_bad_field == "skip",
+        skip = plan.settings.on_bad_field == "skip"
+        return cls(plan.root, plan.store, plan.format, plan.recipe, plan.settings.shard_fields, skip)
+
+
+@dataclass(frozen=True)
+class Light:
+    """The illumination of a plate: its file, and the checksum that it must have."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What was found out of a plate before its tiles are made; None where the settings need nothing."""
+
+    statistics: PlateStatistics | None = None
+    light: Light | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Tell it as a marker keeps it, to know what its tiles were made by."""
+        told = (
+            {key: list(value) for key, value in dataclasses.asdict(self.statistics).items()} if self.statistics else {}
         )
+        return {"statistics": told, "illumination": self.light.sha256 if self.light else ""}
 
 
-def count_dmso(recipe: Recipe, sources: Sequence[FieldSource]) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
-    """Count the pixels of DMSO fields of one plate.
+def shrink_fields(recipe: Recipe, sources: Sequence[FieldSource]) -> list[tuple[np.ndarray | None, dict[str, Any]]]:
+    """Shrink fields of one plate; for each, in order, its coarse picture (None if it is bad) and its record."""
+    found: list[tuple[np.ndarray | None, dict[str, Any]]] = []
+    for source in sources:
+        try:
+            pixels, facts = _read(recipe, source)
+        except BadField as fault:
+            found.append((None, _bad(source, fault)))
+            continue
+        found.append((shrink(pixels), facts))
+    return found
+
+
+def count_pixels(
+    recipe: Recipe, sources: Sequence[FieldSource], light: Light | None
+) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
+    """Count the pixels of fields of one plate.
 
     Returns
     -------
     counts
         (channel, 65,536) int64, the sum over the fields that can be read; None when there is none.
-    facts
-        A record for each field, in order: extremes and mean of each channel, or why it is bad.
+    records
+        One for each field, in order: its quality, or why it is bad.
     """
-    total, facts = None, []
-    values = np.arange(65_536)
+    cv2.setNumThreads(1)  # the workers share the cores among them
+    total, records = None, []
     for source in sources:
         try:
-            counts = histograms(read_field(recipe.root, source.files, recipe.format))
+            pixels, facts = _read(recipe, source)
         except BadField as fault:
-            facts.append(_bad(source, fault))
+            records.append(_bad(source, fault))
             continue
-        there = [np.flatnonzero(channel) for channel in counts]
-        facts.append(
-            _facts(
-                source,
-                low=[int(found[0]) for found in there],
-                high=[int(found[-1]) for found in there],
-                mean=[float(channel @ values / channel.sum()) for channel in counts],
-            )
-        )
+        records.append(facts | dataclasses.asdict(measure(pixels)))
+        counts = histograms(_evened(pixels, light))
         total = counts if total is None else total + counts
-    return total, facts
+    return total, records
 
 
-def convert_shard(recipe: Recipe, task: Task, statistics: PlateStatistics | None) -> list[dict[str, Any]]:
+def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[str, Any]]:
     """Turn the fields of a task into its shards and its marker.
 
     Parameters
     ----------
     recipe, task
         How, and which fields.
-    statistics
-        Of the plate's DMSO pixels. When the recipe normalises and there is none, the plate is refused already: its
-        fields are only looked at.
+    basis
+        Of the plate. Without one the plate is refused already: its fields are only looked at.
 
     Returns
     -------
@@ -110,30 +133,28 @@ def convert_shard(recipe: Recipe, task: Task, statistics: PlateStatistics | None
     UserError
         The store can't be written.
     """
-    cv2.setNumThreads(1)  # the workers share the cores among them
-    per_field = recipe.grid[0] * recipe.grid[1]
+    cv2.setNumThreads(1)
+    how = recipe.tiles
+    per_field = how.grid[0] * how.grid[1]
     channels = len(task.fields[0].files)
-    tiles = {px: np.zeros((len(task.fields) * per_field, px, px, channels), np.uint8) for px in recipe.tile_sizes_px}
-    facts = []
+    tiles = {px: np.zeros((len(task.fields) * per_field, px, px, channels), np.uint8) for px in how.tile_sizes_px}
+    records = []
     for slot, source in enumerate(task.fields):
         try:
-            pixels = read_field(recipe.root, source.files, recipe.format)
+            pixels, facts = _read(recipe, source)
         except BadField as fault:
-            facts.append(_bad(source, fault))
+            records.append(_bad(source, fault))
             continue
-        if recipe.normalised and statistics is None:
+        if basis is None:
             continue
-        cut = cut_tiles(
-            pixels, recipe.grid, recipe.tile_sizes_px, statistics, recipe.empty_above, recipe.empty_fraction
-        )
+        cut = cut_tiles(_evened(pixels, basis.light), how, basis.statistics)
         for px, made in cut.tiles.items():
             tiles[px][slot * per_field : (slot + 1) * per_field] = made
-        facts.append(_field_facts(source, cut))
-    bad = [record for record in facts if record["bad"]]
-    refused = (recipe.normalised and statistics is None) or (bad and not recipe.skip_bad)
-    if not refused:
+        records.append(facts | dataclasses.asdict(measure(pixels)) | {"signal": cut.signal})
+    bad = [record for record in records if record["bad"]]
+    if basis is not None and (recipe.skip_bad or not bad):
         try:
-            _write(recipe, task, statistics, tiles, facts)
+            _write(recipe, task, basis, tiles, records)
         except OSError as fault:
             raise UserError(
                 f"{recipe.store}: the tiles of {task.id} can't be written: {fault.strerror or fault}"
@@ -141,25 +162,25 @@ def convert_shard(recipe: Recipe, task: Task, statistics: PlateStatistics | None
     return bad
 
 
-def marker_path(store: Path, task_id: str) -> Path:
-    """Marker of a task: beside the arrays, so that nothing foreign lies in them."""
-    return store / WORK / f"{task_id}.json"
+def marker_path(store: Path, plate: str, name: str) -> Path:
+    """Marker of what was done of a plate: beside the arrays, so that nothing foreign lies in them."""
+    return plate_folder(store, plate) / f"{name}.json"
 
 
-def statistics_record(statistics: PlateStatistics | None) -> dict[str, list[float]] | None:
-    """Write statistics as a marker keeps them, to tell what its tiles were normalised by."""
-    return {"mean": list(statistics.mean), "std": list(statistics.std)} if statistics else None
+def shard_name(task: Task) -> str:
+    """Name of a task's marker."""
+    return f"{task.shard:05d}"
 
 
-def dmso_id(plate: str) -> str:
-    """Name of the marker with the statistics of a plate."""
-    return f"{plate}-dmso"
+def light_path(store: Path, plate: Plate) -> Path:
+    """File of a plate's illumination, an array (channel, y, x) of float32."""
+    return plate_folder(store, plate.name) / f"{ILLUMINATION}.npy"
 
 
-def read_marker(store: Path, name: str, expected: str) -> dict[str, Any] | None:
+def read_marker(store: Path, plate: str, name: str, expected: str) -> dict[str, Any] | None:
     """Marker of what is done with the expected digest, its shards being there in full length; otherwise None."""
     try:
-        marker: dict[str, Any] = read_json(marker_path(store, name))
+        marker: dict[str, Any] = read_json(marker_path(store, plate, name))
         shards = marker.get("shards", {})
         sizes = [(store / ARRAYS / file).stat().st_size for file in shards]
     except (FileNotFoundError, ValueError):
@@ -168,16 +189,42 @@ def read_marker(store: Path, name: str, expected: str) -> dict[str, Any] | None:
     return marker if whole and marker.get("digest") == expected else None
 
 
+def problem_text(plate: str, record: dict[str, Any]) -> str:
+    """Tell of a bad field, from its record."""
+    return f"plate {plate}: well {record['well']} field {record['field']}: {record['bad']}"
+
+
+def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a field that nobody writes meanwhile: its pixels, and the begin of its record."""
+    before = file_state(recipe.root, source.files)
+    pixels = read_field(recipe.root, source.files, recipe.format)
+    if file_state(recipe.root, source.files) != before:
+        raise BadField(f"{source.files[0]}: changed while it was read")
+    return pixels, {**_record(source), "bytes": before[0], "modified_ns": before[1]}
+
+
+def _evened(pixels: np.ndarray, light: Light | None) -> np.ndarray:
+    return pixels if light is None else even_out(pixels, _gains(light, *pixels.shape[:2]))
+
+
+@functools.lru_cache(maxsize=2)
+def _gains(light: Light, height: int, width: int) -> np.ndarray:
+    content = light.path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != light.sha256:
+        raise UserError(f"{light.path} was changed. Remove it, and type the same command again.")
+    return gains(np.load(light.path), height, width)
+
+
 def _write(
     recipe: Recipe,
     task: Task,
-    statistics: PlateStatistics | None,
+    basis: Basis,
     tiles: dict[int, np.ndarray],
-    facts: list[dict[str, Any]],
+    records: list[dict[str, Any]],
 ) -> None:
-    marker = marker_path(recipe.store, task.id)
+    marker = marker_path(recipe.store, task.plate, shard_name(task))
     marker.unlink(missing_ok=True)
-    for leftover in marker.parent.glob(f".{_literal(marker.name)}.*"):
+    for leftover in marker.parent.glob(f".{marker.name}.*"):
         leftover.unlink()
     shards = {}
     for px, block in tiles.items():
@@ -187,11 +234,11 @@ def _write(
         # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
         with zarr.config.set({"threading.max_workers": 1, "array.write_empty_chunks": True}):
             array = zarr.open_array(folder, mode="r+")
-            first = task.shard * recipe.shard_fields * recipe.grid[0] * recipe.grid[1]
+            first = task.shard * recipe.shard_fields * recipe.tiles.grid[0] * recipe.tiles.grid[1]
             array[first : first + len(block)] = block
         shard = folder / f"c.{task.shard}.0.0.0"
         shards[str(shard.relative_to(recipe.store / ARRAYS))] = _flush(shard)
-    document = {"digest": task.digest, "statistics": statistics_record(statistics), "shards": shards, "fields": facts}
+    document = {"digest": task.digest, "basis": basis.record(), "shards": shards, "fields": records}
     write_json(marker, document)
 
 
@@ -202,18 +249,9 @@ def _flush(shard: Path) -> dict[str, Any]:
         return {"bytes": shard.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _literal(name: str) -> str:
-    """Escape what `glob` would take for a pattern; names of plates are free text."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-def _facts(source: FieldSource, **found: Any) -> dict[str, Any]:
-    return {"well": source.well, "field": source.field, "bad": "", "bytes": source.bytes, **found}
-
-
-def _field_facts(source: FieldSource, cut: FieldTiles) -> dict[str, Any]:
-    return _facts(source, low=cut.low, high=cut.high, mean=cut.mean, signal=cut.signal)
+def _record(source: FieldSource) -> dict[str, Any]:
+    return {"well": source.well, "field": source.field, "role": source.role, "bad": ""}
 
 
 def _bad(source: FieldSource, fault: BadField) -> dict[str, Any]:
-    return {**_facts(source), "bad": fault.reason, "files": source.files}
+    return {**_record(source), "bad": fault.reason, "files": source.files, "bytes": source.bytes}

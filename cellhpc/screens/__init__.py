@@ -6,20 +6,20 @@ decoded. ``require_sound(screen)`` refuses a screen that has problems. `table` d
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cellhpc.screens.bbbc014 import read_bbbc014
 from cellhpc.screens.bbbc021 import read_bbbc021
 from cellhpc.screens.manifest import read_manifest
 from cellhpc.screens.metaxpress import read_metaxpress
 from cellhpc.screens.summary import render_summary, summary
-from cellhpc.screens.table import Screen, require_sound
-from cellhpc.settings import Bbbc014Screen, Bbbc021Screen, ManifestScreen, MetaxpressScreen
+from cellhpc.screens.table import Screen, look_for_pictures, require_sound
+from cellhpc.settings import Bbbc014Screen, Bbbc021Screen, ManifestScreen, MetaxpressScreen, ScreenSettings
 
 __all__ = ["Screen", "read_screen", "render_summary", "require_sound", "summary"]
 
 
-def read_screen(
-    settings: Bbbc021Screen | Bbbc014Screen | ManifestScreen | MetaxpressScreen, check_files: bool = True
-) -> Screen:
+def read_screen(settings: ScreenSettings, check_files: bool = True, converted: Collection[str] = ()) -> Screen:
     """Read a screen's tables into its fields table.
 
     Parameters
@@ -28,6 +28,8 @@ def read_screen(
         The section `[screen]` of a job file.
     check_files
         Look whether the pictures are there. Each folder is listed once; no picture is opened.
+    converted
+        Plates whose pictures are not looked for: they may lie elsewhere by now.
 
     Returns
     -------
@@ -43,10 +45,11 @@ def read_screen(
     """
     match settings:
         case Bbbc021Screen():
-            return read_bbbc021(settings, check_files)
+            screen = read_bbbc021(settings)
         case Bbbc014Screen():
-            return read_bbbc014(settings, check_files)
+            screen = read_bbbc014(settings)
         case ManifestScreen():
-            return read_manifest(settings, check_files)
+            screen = read_manifest(settings)
         case MetaxpressScreen():
-            return read_metaxpress(settings, check_files)
+            screen = read_metaxpress(settings)
+    return look_for_pictures(screen, converted) if check_files else screen

@@ -36,7 +36,7 @@ _ENDINGS = (".bmp", ".tif", ".tiff")
 _MAP_COLUMNS = ("well", "cell_line", "compound", "concentration_M")
 
 
-def read_bbbc014(settings: Bbbc014Screen, check_files: bool = True) -> Screen:
+def read_bbbc014(settings: Bbbc014Screen) -> Screen:
     """Read BBBC014's pictures' names, and its plate map if there is one; see `cellhpc.screens.read_screen`."""
     problems: list[str] = []
     pictures = _pictures(settings, problems)
@@ -62,7 +62,7 @@ def read_bbbc014(settings: Bbbc014Screen, check_files: bool = True) -> Screen:
         draft[f"file_{channel}"] = [
             pictures.get(well, {}).get(number, _file_name(number, well, ending)) for well in draft["well"]
         ]
-    return assemble(draft, settings, CHANNELS, UNIT, problems=problems, extra=("cell_line",), check_files=check_files)
+    return assemble(draft, settings, CHANNELS, UNIT, problems=problems, extra=("cell_line",))
 
 
 def _pictures(settings: Bbbc014Screen, problems: list[str]) -> dict[str, dict[int, str]]:

@@ -49,7 +49,7 @@ _AS_PUBLISHED = (
 )
 
 
-def read_bbbc021(settings: Bbbc021Screen, check_files: bool = True) -> Screen:
+def read_bbbc021(settings: Bbbc021Screen) -> Screen:
     """Read BBBC021's two tables; see `cellhpc.screens.read_screen`."""
     problems: list[str] = []
     notes: list[str] = []
@@ -73,7 +73,7 @@ def read_bbbc021(settings: Bbbc021Screen, check_files: bool = True) -> Screen:
         draft[f"file_{channel}"] = (folders + "/" + names).where(names != "", "")
     draft["label"] = _labels(draft, settings, problems, notes)
     draft["left_out"] = _taxol_rule(draft, settings, notes)
-    return assemble(draft, settings, tuple(CHANNELS), UNIT, CONTROL, problems, notes, check_files=check_files)
+    return assemble(draft, settings, tuple(CHANNELS), UNIT, CONTROL, problems, notes)
 
 
 def _sites(rows: pd.DataFrame, problems: list[str]) -> pd.Series:

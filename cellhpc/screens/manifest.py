@@ -22,7 +22,7 @@ _FIELD = ["plate", "well", "field"]
 _TAKEN = (*COLUMNS, "tile", "row", "kept", "signal_fraction", "channel", "file", "left_out")
 
 
-def read_manifest(settings: ManifestScreen, check_files: bool = True) -> Screen:
+def read_manifest(settings: ManifestScreen) -> Screen:
     """Read a screen from one table; see `cellhpc.screens.read_screen`."""
     problems: list[str] = []
     notes: list[str] = []
@@ -71,7 +71,6 @@ def read_manifest(settings: ManifestScreen, check_files: bool = True) -> Screen:
         problems,
         notes,
         extra=settings.extra_columns,
-        check_files=check_files,
     )
 
 

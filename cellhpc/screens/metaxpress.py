@@ -45,7 +45,7 @@ Files = dict[str, list[str]]
 """Names of the files in each folder, by the folder's path from `screen.path`."""
 
 
-def read_metaxpress(settings: MetaxpressScreen, check_files: bool = True) -> Screen:
+def read_metaxpress(settings: MetaxpressScreen) -> Screen:
     """Read the names of MetaXpress' pictures, and a plate map; see `cellhpc.screens.read_screen`."""
     problems: list[str] = []
     notes: list[str] = []
@@ -64,7 +64,7 @@ def read_metaxpress(settings: MetaxpressScreen, check_files: bool = True) -> Scr
             f"Pictures are named as {EXAMPLE}. See screen.path, screen.columns and screen.plate_pattern.",
         )
     channels, unit, control = tuple(settings.channels), settings.unit, settings.control
-    return assemble(draft, settings, channels, unit, control, problems, notes, check_files=check_files)
+    return assemble(draft, settings, channels, unit, control, problems, notes)
 
 
 def _read_plate_map(settings: MetaxpressScreen, problems: list[str]) -> pd.DataFrame:

@@ -24,14 +24,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from cellhpc.errors import DataError, UsageError, listing
-from cellhpc.screens.pictures import Presence, look_for, tidy_path
+from cellhpc.screens.pictures import look_for, tidy_path
 from cellhpc.settings import ScreenBase
 
 COLUMNS = (
@@ -82,7 +82,7 @@ class Screen:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    pictures_checked: bool = True
+    pictures_checked: bool = False
     pictures_found: bool = True
     pictures_expected: int = 0
     pictures_missing: int = 0
@@ -160,7 +160,6 @@ def assemble(
     problems: Iterable[str] = (),
     notes: Iterable[str] = (),
     extra: Sequence[str] = (),
-    check_files: bool = True,
 ) -> Screen:
     """Check what a reader found, and complete it to a fields table.
 
@@ -210,25 +209,42 @@ def assemble(
     if (fields["label"] != "").any() and not (fields["role"] == "treatment").any():
         found.append("every labelled field is left out: see screen.compounds and screen.drop_compounds")
 
-    presence = look_for(settings.path, _files_of(fields, files)) if check_files else Presence(0, 0, ())
-    pictures_found = not check_files or presence.missing < presence.expected
-    told = [*notes, *_notes(fields, control)]
-    if not pictures_found:
-        told.append(
-            f"{settings.path}: not one of the {presence.expected:,} pictures is here: the tables were read alone. "
-            "Set screen.path to the folder of the pictures."
-        )
-    missing = presence.lines if pictures_found else ()
     ordered = fields[[*COLUMNS, *extra, *files]].sort_values(["plate", "well", "field"], kind="stable")
     return Screen(
         fields=ordered.reset_index(drop=True),
         channels=tuple(channels),
         root=settings.path,
-        problems=(*found, *missing),
-        notes=tuple(told),
-        missing=missing,
-        pictures_checked=check_files,
-        pictures_found=pictures_found,
+        problems=tuple(found),
+        notes=(*notes, *_notes(fields, control)),
+    )
+
+
+def look_for_pictures(screen: Screen, converted: Collection[str] = ()) -> Screen:
+    """Look whether the pictures of a screen are there, but for plates that are `converted`.
+
+    Raises
+    ------
+    DataError
+        A folder is there and can't be listed.
+    """
+    files = [f"file_{channel}" for channel in screen.channels]
+    presence = look_for(screen.root, _files_of(screen.fields[~screen.fields["plate"].isin(converted)], files))
+    if presence.expected and presence.missing == presence.expected:
+        alone = (
+            f"{screen.root}: not one of the {presence.expected:,} pictures is here: the tables were read alone. "
+            "Set screen.path to the folder of the pictures."
+        )
+        lines: tuple[str, ...] = ()
+        notes: tuple[str, ...] = (*screen.notes, alone)
+    else:
+        lines, notes = presence.lines, screen.notes
+    return replace(
+        screen,
+        problems=(*screen.problems, *lines),
+        notes=notes,
+        missing=lines,
+        pictures_checked=True,
+        pictures_found=notes == screen.notes,
         pictures_expected=presence.expected,
         pictures_missing=presence.missing,
     )

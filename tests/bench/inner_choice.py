@@ -104,7 +104,8 @@ def main() -> None:
         plan = plan_conversion(
             job.convert, read_screen(job.screen), (job.sweep.tile_px or 224, 192), Path(folder) / "store"
         )
-        store = Store.open(convert(plan).folder)
+        convert(plan)
+        store = Store.open(plan.store)
         figures: dict[str, dict[str, Counts]] = {}
         print(f"{'candidate':40} {'half A':>10} {'half B':>10}")
         for name, changes in CANDIDATES.items():

@@ -1,0 +1,262 @@
+"""A conversion is planned: from a screen's fields table and the headers of a few pictures to plates and tasks."""
+
+from __future__ import annotations
+
+import collections
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task, size_text
+from cellhpc.errors import DataError, UsageError, listing
+from cellhpc.ledger import digest
+from cellhpc.pixels import BadField, FieldFormat, file_bytes, probe_field
+from cellhpc.record import LOCK, read_identity, read_plate
+from cellhpc.screens import Screen
+from cellhpc.settings import ConvertSettings
+
+FORMAT = 2
+"""Raised when the same settings give other pixels, or when the store is laid out differently."""
+
+FIELD_KEY = ["plate", "well", "field"]
+
+
+def plan_conversion(
+    settings: ConvertSettings, screen: Screen, tile_sizes_px: Sequence[int], store: Path
+) -> ConversionPlan:
+    """Plan the conversion of a screen's treatment fields.
+
+    Parameters
+    ----------
+    settings
+        The section `[convert]`.
+    screen
+        The screen; fields of role "treatment" become tiles, those of role "dmso" on the same plates normalise them.
+    tile_sizes_px
+        Sides of the tiles. A store that is there and holds these and further sizes is taken as it is.
+    store
+        Folder of the store; what it holds of other plates stays as it is.
+
+    Raises
+    ------
+    DataError
+        No field to convert or none that can be read, a plate without DMSO where it is needed, pixels that don't fit the
+        settings.
+    UsageError
+        The folder holds another store or something else; a plate of the store has other fields; the tile grid does not
+        divide the field; the tiles may not fit the disk.
+    """
+    files = [f"file_{channel}" for channel in screen.channels]
+    fields = _fields(settings, screen)
+    recorded = recorded_identity(store)
+    sizes = sorted(set(tile_sizes_px))
+    if recorded and set(sizes) <= set(recorded["tile_sizes_px"]):
+        sizes = recorded["tile_sizes_px"]
+    # A store that is there needs no raw pixels, which may lie elsewhere by now.
+    field_format = FieldFormat(**recorded["field"]) if recorded else _probe(screen.root, fields, files)
+    _check_format(settings, field_format)
+    identity = {
+        "format": FORMAT,
+        **_pixel_settings(settings),
+        "tile_sizes_px": sizes,
+        "channels": list(screen.channels),
+        "field": vars(field_format),
+    }
+    if recorded:
+        refuse_other_store(store, recorded, identity)
+    plates, tasks = _divide(screen.root, fields, files, settings, digest(identity))
+    _refuse_other_plates(store, plates)
+    plan = ConversionPlan(
+        settings, store, screen.root, screen.channels, tuple(sizes), field_format, plates, tasks, fields, identity
+    )
+    _refuse_full_disk(plan)
+    return plan
+
+
+def _pixel_settings(settings: ConvertSettings) -> dict[str, Any]:
+    """Return the keys of `[convert]` that the store's content depends on."""
+    keys = {"preprocessing", "tile_grid", "empty_above", "empty_fraction", "shard_fields", "codec", "illumination"}
+    if settings.preprocessing != "none":
+        keys.add("statistics")
+    keys |= {"zscore": {"zscore_range"}, "percentile": {"percentiles"}}.get(settings.preprocessing, set())
+    if settings.illumination != "none":
+        keys.add("illumination_sigma_px")
+    return settings.model_dump(mode="json", include=keys)
+
+
+def _fields(settings: ConvertSettings, screen: Screen) -> pd.DataFrame:
+    """Fields that become tiles and, where plates are normalised by them, their DMSO fields."""
+    used = screen.fields[screen.fields["role"] == "treatment"]
+    if used.empty:
+        raise DataError(
+            f"{screen.root}: no labelled field is left to convert.",
+            remedy="See what the tables hold with: cellhpc inspect JOB.toml",
+        )
+    dmso = screen.fields[(screen.fields["role"] == "dmso") & screen.fields["plate"].isin(used["plate"])]
+    if settings.preprocessing == "none":
+        dmso = dmso.iloc[:0]
+    elif settings.statistics == "dmso" and (missing := sorted(set(used["plate"]) - set(dmso["plate"]))):
+        raise DataError(
+            f'convert.preprocessing = "{settings.preprocessing}" normalises each plate by its DMSO wells, and '
+            f"{len(missing)} of {used['plate'].nunique()} plates have none.",
+            [f"plate {plate}: no DMSO field" for plate in missing],
+            'Set convert.statistics = "plate" to normalise by all fields of a plate, convert.preprocessing = "none" '
+            "for 8-bit pictures that are normalised already, or drop these plates from the screen's table.",
+        )
+    return pd.concat([used, dmso]).sort_values(FIELD_KEY, kind="stable", ignore_index=True)
+
+
+def recorded_identity(store: Path) -> dict[str, Any] | None:
+    """Identity of the store in a folder, finished or begun; None when nothing is there.
+
+    Raises
+    ------
+    UsageError
+        The folder holds something else.
+    """
+    try:
+        known = read_identity(store)
+    except DataError as fault:
+        raise UsageError(f"{str(fault).splitlines()[0]}. Remove the store's folder, or choose another.") from None
+    if known:
+        if known.get("format") != FORMAT:
+            raise UsageError(
+                f"{store} was made by another version of cellhpc (format {known.get('format')}, this one writes "
+                f"{FORMAT}). Choose another folder with --set convert.store=FOLDER, or remove this one."
+            )
+        return known
+    if store.exists() and (not store.is_dir() or any(path.name != LOCK for path in store.iterdir())):
+        raise UsageError(
+            f"{store} is there and is no store of tiles. Choose another folder with --set convert.store=FOLDER, "
+            "or remove what is in it."
+        )
+    return None
+
+
+def refuse_other_store(store: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to mix two conversions in one folder.
+
+    Raises
+    ------
+    UsageError
+        Names what differs.
+    """
+    differences = [
+        f"  - {key}: {recorded.get(key)!r} in the store, {wanted.get(key)!r} wanted now"
+        for key in {**wanted, **recorded}
+        if recorded.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise UsageError(
+            "\n".join([f"{store} was converted with other settings:", *differences])
+            + "\nChoose another folder with --set convert.store=FOLDER, or remove this one."
+        )
+
+
+def _refuse_other_plates(store: Path, plates: Sequence[Plate]) -> None:
+    """Refuse to convert a plate anew from other fields, DMSO fields or files than the store has it from."""
+    changed = [
+        plate.name for plate in plates if (record := read_plate(store, plate.name)) and record["digest"] != plate.digest
+    ]
+    if changed:
+        raise UsageError(
+            f"{store} has {listing(changed)} from other fields or files than the screen's tables name now.\n"
+            f"Remove what is there with: cellhpc remove {store} {' '.join(changed[:5])}{' ...' * (len(changed) > 5)}\n"
+            "Or choose another folder with --set convert.store=FOLDER."
+        )
+
+
+def _refuse_full_disk(plan: ConversionPlan) -> None:
+    missing = sum(plate.fields for plate in plan.unfinished()) * plan.field_bytes_out
+    folder = next(path for path in (plan.store, *plan.store.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise UsageError(
+            f"{plan.store}: the tiles need up to {size_text(missing)}, and its disk has {size_text(free)} free. "
+            "Choose another folder with --set convert.store=FOLDER, or make room."
+        )
+
+
+def _probe(root: Path, fields: pd.DataFrame, files: list[str]) -> FieldFormat:
+    """Find the most common size and type among the first, middle and last readable field of each plate.
+
+    Several are asked, so that one odd field does not make all others wrong.
+    """
+    votes: collections.Counter[FieldFormat] = collections.Counter()
+    reasons: list[str] = []
+    for plate, rows in fields.groupby("plate", sort=True):
+        names = list(rows[files].itertuples(index=False, name=None))
+        found = 0
+        for position in dict.fromkeys([0, len(names) // 2, len(names) - 1, *range(len(names))]):
+            try:
+                votes[probe_field(root, names[position])] += 1
+                found += 1
+            except BadField as fault:
+                reasons.append(f"plate {plate}: {fault.reason}")
+            if found == 3 or len(reasons) >= 1000:
+                break
+    if not votes:
+        raise DataError(
+            f"{root}: not one field can be read.", reasons, "Mend the pictures, or set screen.path to their folder."
+        )
+    return votes.most_common(1)[0][0]
+
+
+def _check_format(settings: ConvertSettings, field_format: FieldFormat) -> None:
+    rows, columns = settings.tile_grid
+    if min(rows, columns) < 1 or field_format.height % rows or field_format.width % columns:
+        raise UsageError(
+            f"convert.tile_grid: {rows} rows x {columns} columns of tiles do not divide a field of "
+            f"{field_format.height} x {field_format.width} pixels. Choose divisors of these, for example "
+            f"{_nearest_divisor(field_format.height, rows)} x {_nearest_divisor(field_format.width, columns)}."
+        )
+    if settings.preprocessing == "none" and field_format.dtype != "uint8":
+        raise DataError(
+            f'convert.preprocessing = "none" takes 8-bit pixels as they are; the fields are {field_format.dtype}.',
+            remedy='Set convert.preprocessing = "kensert2019" to normalise them, or convert the pictures to 8 bits.',
+        )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+def _divide(
+    root: Path, fields: pd.DataFrame, files: list[str], settings: ConvertSettings, how: str
+) -> tuple[tuple[Plate, ...], tuple[Task, ...]]:
+    """Cut each plate into tasks of whole shards; `how` is the digest of all that its tiles have in common."""
+    per_shard = settings.shard_fields
+    plates, tasks = [], []
+    for key, rows in fields.groupby("plate", sort=True):
+        name, every = str(key), tuple(_sources(root, rows, files))
+        used = [source for source in every if source.role == "treatment"]
+        lit = every if settings.illumination != "none" else ()
+        reference: tuple[FieldSource, ...] = ()
+        if settings.preprocessing != "none":
+            reference = tuple(source for source in every if source.role == "dmso" or settings.statistics == "plate")
+        by = digest({"how": how, "reference": _names(reference), "lit": _names(lit)})
+        content, labels = digest([by, _names(used)]), _table_digest(rows.drop(columns=files))
+        plates.append(Plate(name, len(used), reference, lit, by, content, labels))
+        for shard in range(math.ceil(len(used) / per_shard)):
+            part = tuple(used[shard * per_shard : (shard + 1) * per_shard])
+            document = {"plate": by, "shard": shard, "fields": _names(part)}
+            tasks.append(Task(f"{name}-{shard:05d}", name, shard, part, digest(document)))
+    return tuple(plates), tuple(tasks)
+
+
+def _sources(root: Path, rows: pd.DataFrame, files: list[str]) -> Iterator[FieldSource]:
+    for well, field, role, *names in rows[["well", "field", "role", *files]].itertuples(index=False, name=None):
+        yield FieldSource(well, int(field), tuple(names), file_bytes(root, names), role)
+
+
+def _names(sources: Sequence[FieldSource]) -> list[list[Any]]:
+    return [[source.well, source.field, *source.files] for source in sources]
+
+
+def _table_digest(table: pd.DataFrame) -> str:
+    columns = [str(column) for column in table.columns]
+    return digest({"columns": columns, "rows": table.astype(str).to_numpy().tolist()})

@@ -1,0 +1,106 @@
+"""A store that is there: damage is found and named, plates go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cellhpc.convert import convert, plan_conversion
+from cellhpc.convert.upkeep import remove, verify
+from cellhpc.errors import UsageError
+from cellhpc.settings import ConvertSettings
+from cellhpc.tiles import Store
+from tests.conftest import Cellhpc
+from tests.test_convert import contents, make_screen
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with raw pictures of two plates, and the store that was made of them."""
+    folder = tmp_path_factory.mktemp("made")
+    screen = make_screen(folder / "raw")
+    settings = ConvertSettings(shard_fields=2, illumination="mean", preprocessing="zscore")
+    convert(plan_conversion(settings, screen, (16, 24), folder / "store"), workers=1)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, with the times of the files."""
+    shutil.copytree(made, tmp_path / "made")
+    return tmp_path / "made"
+
+
+def test_a_sound_store(made: Path, cellhpc: Cellhpc) -> None:
+    found = verify(made / "store")
+    assert found.problems == ()
+    assert (found.plates, found.shards, found.compared, found.without_pictures) == (2, 12, 10, 0)
+    assert found.bytes == sum(path.stat().st_size for path in (made / "store").rglob("c.*"))
+    said = cellhpc("verify", made / "store", "--sample", 3)
+    assert said.returncode == 0, said.stderr
+    assert "3 fields made anew and compared" in said.stdout
+    assert said.stdout.endswith("All is well.\n")
+
+
+def test_damage_is_named(folder: Path, cellhpc: Cellhpc) -> None:
+    arrays = folder / "store/tiles.zarr"
+    flipped = arrays / "P0/tiles_16/c.1.0.0.0"
+    content = bytearray(flipped.read_bytes())
+    content[100] ^= 1
+    flipped.write_bytes(content)
+    (arrays / "P1/tiles_24/c.0.0.0.0").unlink()
+    (arrays / "P1/tiles_24/c.7.0.0.0").write_bytes(b"?")
+    said = cellhpc("verify", folder / "store", "--raw", folder / "raw", "--sample", 0)
+    assert said.returncode == 1
+    assert "P0/tiles_16/c.1.0.0.0: its checksum is not the one that was recorded. Remove the plate" in said.stdout
+    assert "P1/tiles_24/c.0.0.0.0: No such file or directory." in said.stdout
+    assert "plate P1: tiles.zarr/P1/tiles_24/c.7.0.0.0 belongs to no task" in said.stdout
+
+
+def test_pictures_that_changed_or_went_away(folder: Path) -> None:
+    file = folder / "raw/P0/00_dna.tif"
+    os.utime(file, ns=(0, 1))
+    problems = verify(folder / "store", folder / "raw").problems
+    assert problems == ()  # of the three files of a field, the last one counts
+    os.utime(file, ns=(0, 2**62))
+    problems = verify(folder / "store", folder / "raw").problems
+    assert problems == ("plate P0: well B01 field 1: its raw pictures were changed since it was converted",)
+    shutil.rmtree(folder / "raw/P1")
+    found = verify(folder / "store", folder / "raw")
+    assert (found.compared, found.without_pictures) == (5, 5)
+
+
+def test_tiles_that_are_not_those_of_the_pictures(folder: Path) -> None:
+    """A plate's statistics were edited: every checksum holds, and the tiles are not what they give."""
+    record = folder / "store/plates/P1/plate.json"
+    text = record.read_text()
+    first = text.index("[", text.index('"mean"')) + 1
+    record.write_text(text[:first] + "1.0, " + text[text.index(",", first) + 1 :])
+    problems = verify(folder / "store", folder / "raw").problems
+    assert len(problems) == 5
+    assert all("are not what its raw pictures give" in problem for problem in problems)
+
+
+def test_a_plate_is_removed_and_converted_again(made: Path, folder: Path, cellhpc: Cellhpc) -> None:
+    before = contents(folder / "store")
+    said = cellhpc("remove", folder / "store", "P0")
+    assert (said.returncode, said.stdout) == (0, "removed: P0\n")
+    assert set(contents(folder / "store")) == {name for name in before if "/P0/" not in name}
+    assert set(Store.open(folder / "store").tiles["plate"]) == {"P1"}
+    screen = make_screen(folder / "new", plates=1)
+    settings = ConvertSettings(shard_fields=2, illumination="mean", preprocessing="zscore")
+    convert(plan_conversion(settings, screen, (16, 24), folder / "store"), workers=1)
+    after = contents(folder / "store")
+    assert after["tiles.zarr/P0/tiles_16/c.0.0.0.0"] == before["tiles.zarr/P0/tiles_16/c.0.0.0.0"]
+
+
+def test_what_is_not_there(made: Path, tmp_path: Path, cellhpc: Cellhpc) -> None:
+    with pytest.raises(UsageError, match=r"has no plate P7. Its plates are: P0, P1\."):
+        remove(made / "store", ["P0", "P7"])
+    assert Store.open(made / "store").plates == ("P0", "P1")
+    refused = cellhpc("verify", tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "no store of tiles is there" in refused.stderr
