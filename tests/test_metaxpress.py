@@ -461,7 +461,7 @@ def test_a_conversion_of_plates_is_planned(tmp_path: Path) -> None:
     plan = plan_conversion(ConvertSettings(), screen, [32], tmp_path / "store")
     assert str(plan.format) == "64 x 80 uint16"
     assert plan.channels == ("dna", "actin")
-    assert (plan.identity["fields"], plan.identity["dmso_fields"]) == (6, 2)
+    assert (plan.totals()["fields"], plan.totals()["dmso_fields"]) == (6, 2)
 
 
 def test_the_example_job_is_valid() -> None:

@@ -100,7 +100,7 @@ class Demo:
 def disturb(demo: Demo) -> list[str]:
     """Hurt every stage while it runs."""
     cluster, hurt = demo.cluster, []
-    demo.until("the conversion writes", lambda: len(list((demo.study / "store" / "work").glob("*.json"))) > 8)
+    demo.until("the conversion writes", lambda: len(list((demo.study / "store" / "plates").glob("*/0*.json"))) > 3)
     _kill_rank(demo, "convert", "0")
     hurt.append("convert: rank 0 killed -9")
     demo.until("a run is trained", lambda: demo.done() >= 1)
