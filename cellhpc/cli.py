@@ -40,6 +40,7 @@ def cli() -> None:
     cellhpc run JOB.toml                      convert, train every fold, aggregate; again: do what is missing
     cellhpc run JOB.toml --site SITE.toml     the same as jobs of Slurm; returns at once
     cellhpc status STUDY                      what it is doing; logs, resume and cancel take a study too
+    cellhpc pictures STORE                    its plates at a glance, and the fields that stand out
     cellhpc doctor --site SITE.toml           is this cluster ready?
     """
 
@@ -173,6 +174,26 @@ def remove(store: Path, plates: tuple[str, ...]) -> None:
 
     take_away(store, plates)
     click.echo(f"removed: {', '.join(plates)}")
+
+
+@cli.command()
+@click.argument("store", metavar="STORE", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    default=Path("pictures"),
+    show_default=True,
+    help="Folder that they are written into.",
+)
+@click.option("--plate", "plates", multiple=True, help="Only this plate; repeatable.")
+def pictures(store: Path, folder: Path, plates: tuple[str, ...]) -> None:
+    """Draw every plate of a store and a montage by label, and name the fields that stand out of their plate."""
+    from cellhpc.overview import write_pictures
+
+    for path in write_pictures(store, folder, plates):
+        click.echo(f"wrote {path}")
 
 
 @cli.command()

@@ -75,6 +75,10 @@ class Store:
         used = tiles[tiles["kept"] & (tiles["role"] == "treatment")]
         return used.sort_values(["plate", "well", "field", "tile"], ignore_index=True)
 
+    def tiles_of(self, plate: str) -> pd.DataFrame:
+        """All tiles of a plate in the order of its array, also those that are black: near-empty ones, of bad fields."""
+        return pd.read_parquet(plate_folder(self.folder, plate) / TILES)
+
     @cached_property
     def fields(self) -> pd.DataFrame:
         """The fields that were read, with their quality figures; columns as in ``fields.parquet``."""
