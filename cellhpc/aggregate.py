@@ -7,6 +7,7 @@
 - `treatments.csv`, `wells.csv`, `fields.csv`: call and probabilities of every unit and model;
 - `confusion-<model>.png|svg|csv` and `confusion.png|svg`, all models side by side;
 - `learning-curves.png|svg`;
+- `montage.png`, tiles by label, and `outliers.csv`, the fields that stand out of their plate (`cellhpc.outliers`);
 - `report.html`, one page that needs no network;
 - `done.json`, the marker: with the same runs and settings a second call does nothing.
 
@@ -26,11 +27,13 @@
       cost.{runs, epochs, hours, images_per_s, ranks, memory_mb}
     baselines.{chance, majority, batch_only}                                of treatments; null while folds are missing
     conversion                    counts of the store, and the fields that were set aside, each with its reason
+    quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
     provenance, settings          versions, hosts, commits; the resolved job file
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 from collections import defaultdict
@@ -48,7 +51,10 @@ from cellhpc import figures, ledger, scores
 from cellhpc.attempts import finished
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
+from cellhpc.montage import montage
+from cellhpc.outliers import outliers, summary
 from cellhpc.report import render_report
+from cellhpc.tiles import Store
 
 SCHEMA = "cellhpc-scores/1"
 _TABLES = {"treatment": "treatments.csv", "well": "wells.csv", "field": "fields.csv"}
@@ -86,6 +92,7 @@ def aggregate(
     classes: Sequence[str],
     how: scores.How = "mean",
     conversion: Mapping[str, Any] | None = None,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """Score the finished runs of a study and write its results.
 
@@ -103,6 +110,8 @@ def aggregate(
         How probabilities are combined.
     conversion
         Counts of the store (`ConversionPlan.counts`), for the record and the headline.
+    store
+        What the runs learnt from, for the montage and the quality of the pictures.
 
     Returns
     -------
@@ -136,6 +145,7 @@ def aggregate(
             "folds": folds.sha256,
             "settings": settings,
             "conversion": conversion,
+            "store": store and store.content_digest,
         }
     )
     if ledger.is_done(results, inputs) and all((results / name).exists() for name in ("scores.json", "report.html")):
@@ -165,13 +175,14 @@ def aggregate(
         "models": [model for model, _ in scored],
         "baselines": scores.baselines(wells if whole else wells.iloc[:0], classes),
         "conversion": dict(conversion or {}),
+        "quality": summary(store.fields) if store else {},
         "provenance": {
             "runs": _origin(run.facts for group in models.values() for run in group),
             "aggregate": ledger.provenance(),
         },
         "settings": settings,
     }
-    _write(results, document, scored, inputs)
+    _write(results, document, scored, inputs, store)
     return document
 
 
@@ -399,6 +410,7 @@ def _write(
     document: dict[str, Any],
     scored: Sequence[tuple[dict[str, Any], dict[str, pd.DataFrame]]],
     inputs: str,
+    store: Store | None,
 ) -> None:
     """Write all results, the marker last; remove the matrices of models that an earlier aggregation had."""
     (results / ledger.DONE).unlink(missing_ok=True)
@@ -418,6 +430,10 @@ def _write(
     pictures["confusion"] = figures.save(figures.confusions_figure(matrices), results / "confusion.png")
     curves = figures.learning_curves_figure(document["models"], len(classes))
     pictures["learning-curves"] = figures.save(curves, results / "learning-curves.png")
+    if store:
+        ledger.write_table(results / "outliers.csv", outliers(store.fields))
+        with contextlib.suppress(DataError, OSError):  # scores don't need the tiles, which may be gone by now
+            pictures["montage"] = montage(store, classes).save(results / "montage.png")
     ledger.write_json(results / "scores.json", document)
     ledger.write_text(results / "report.html", render_report(document, pictures))
     for path in results.glob("confusion-*"):

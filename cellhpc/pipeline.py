@@ -217,7 +217,7 @@ def aggregate_study(plan: StudyPlan) -> dict[str, Any]:
             stale,
             "Train them again with: cellhpc train JOB.toml",
         )
-    job = plan.job
-    return aggregate(
-        plan.folder.path, job.study.name, folders, plan.folds.classes, job.aggregate.combine, plan.conversion.counts()
-    )
+    job, conversion = plan.job, plan.conversion
+    store = Store.open(conversion.store, plan.plates) if conversion.is_finished else None
+    how, counts = job.aggregate.combine, conversion.counts()
+    return aggregate(plan.folder.path, job.study.name, folders, plan.folds.classes, how, counts, store)

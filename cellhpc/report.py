@@ -64,7 +64,7 @@ def render_report(scores: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
     scores
         The document of `scores.json`.
     pictures
-        PNG files by name: `confusion`, `learning-curves`, and `confusion-<slug>` of each model.
+        PNG files by name: `confusion`, `learning-curves`, `confusion-<slug>` of each model, and perhaps `montage`.
 
     Returns
     -------

@@ -32,7 +32,7 @@ def picture(seed: int, cells: int, brightness: float = 1.0) -> np.ndarray:
 
 
 def table(spoiled: Mapping[Key, Spoil], brightness: Mapping[str, float] = PLATES) -> pd.DataFrame:
-    """The fields of plates of six wells of four; B02 is a control, and cells are few in some wells and many in others."""
+    """The fields of plates of six wells of four; B02 is a control, and each well has more cells than the one before."""
     rows = []
     for plate, light in brightness.items():
         for number in range(24):
