@@ -161,6 +161,7 @@ def test_what_was_set_aside_is_crossed_out_and_near_empty_tiles_are_grey(drawn: 
     size = len(torn)
     assert all(vermilion[n - 1 : n + 3, n - 1 : n + 3].any() for n in range(2, size - 3))  # from corner to corner
     assert vermilion.mean() < 0.2
+    assert np.median(torn) == well_of(drawn, "E06")[9, 9, 0]  # as plain as a well without pictures
     assert np.ptp(grey) <= 3
     assert 100 < grey.mean() < 130
     assert not (abs(well_of(drawn, "C05").astype(int) - (0xD5, 0x5E, 0x00)) < 30).all(-1).any()
