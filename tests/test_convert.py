@@ -151,7 +151,7 @@ def test_the_plan_counts_before_anything_is_written(tmp_path: Path) -> None:
     assert totals["bytes_in"] == sum(path.stat().st_size for path in (tmp_path / "raw").rglob("*.tif"))
     assert totals["bytes_out"] == 40 * 3 * (16**2 + 24**2)
     assert "10 fields of 2 plates, 64 x 80 uint16, 3 channels (dna, tubulin, actin)" in plan.render()
-    assert "4 of DMSO fields for the statistics" in plan.render()
+    assert "4 DMSO fields for the statistics" in plan.render()
 
 
 def test_fields_carry_quality_figures_and_near_empty_tiles_are_set_aside(tmp_path: Path) -> None:
