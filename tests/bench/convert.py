@@ -8,7 +8,7 @@ One table, in MB/s of raw pixels (the files' bytes, each field counted once; the
 - dask: the transform of the paper with dask.array and `to_zarr`, as a user would write it first
 
 Then Zarr's own sharded write with and without the `zarrs` codec pipeline, if that is installed. ``--plates 1,4,16``
-asks how time and the scheduler's memory grow instead. ``--fields N`` treatment fields a plate (default 60, with 24 of DMSO).
+asks how time and the scheduler's memory grow instead. ``--fields N`` treatment fields a plate (60, with 24 of DMSO).
 """
 
 from __future__ import annotations
