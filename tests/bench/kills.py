@@ -1,4 +1,4 @@
-"""A conversion that is killed again and again, at random moments, until it is done: the store is the same byte for byte.
+"""A conversion that is killed again and again, at random moments: in the end the store is the same, byte for byte.
 
 ``kills.py --kills 200 --seed 0`` kills -9 the command, one of its workers, or all of them, at a random time of the
 conversion, and starts it again. Whenever a store is done, the next one is begun, until there were so many kills.
