@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ import tifffile
 import zarr
 
 from cellhpc.archive import Archive, write_field
-from cellhpc.convert import ConversionPlan, convert, plan_conversion
-from cellhpc.convert import archiving as archiving_module
+from cellhpc.convert import ConversionPlan, archiving, convert, plan_conversion, tasks
 from cellhpc.errors import DataError, UsageError, UserError
 from cellhpc.ome import image_metadata, place, plate_metadata, well_path
-from cellhpc.pixels import FieldFormat
+from cellhpc.pixels import FieldFormat, read_field
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings, Job
 from cellhpc.study import StudyFolder
@@ -45,12 +45,12 @@ from tests.test_convert import (
 threads = test_convert.threads  # a cluster that starts at once
 
 
-def archiving(folder: Path, **more: Any) -> ConvertSettings:
+def with_archive(folder: Path, **more: Any) -> ConvertSettings:
     return ConvertSettings(**{"shard_fields": 2, "archive": folder / "archive", **more})
 
 
 def plan(screen: Screen, folder: Path, **more: Any) -> ConversionPlan:
-    return plan_conversion(archiving(folder, **more), screen, (16,), folder / "store")
+    return plan_conversion(with_archive(folder, **more), screen, (16,), folder / "store")
 
 
 def metadata(folder: Path) -> dict[str, Any]:
@@ -76,6 +76,18 @@ def test_every_field_is_there_as_it_was(tmp_path: Path) -> None:
     written = [path for path in (tmp_path / "archive").rglob("*") if path.is_file()]
     assert len(written) == made.totals()["archive_files"] == 2 * (7 * 3 + 4 + 1 + 1) + 1
     assert made.totals()["archive_bytes"] == 14 * 64 * 80 * 3 * 2
+
+
+def test_no_picture_is_read_for_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def note(root: Path, files: Sequence[str], expected: FieldFormat) -> np.ndarray:
+        read.append(files[0])
+        return read_field(root, files, expected)
+
+    monkeypatch.setattr(tasks, "read_field", note)
+    convert(plan(make_screen(tmp_path / "raw"), tmp_path), workers=2)
+    assert len(read) == len(set(read)) == 14
 
 
 def test_fields_are_archived_as_they_are_whatever_becomes_of_the_tiles(tmp_path: Path) -> None:
@@ -137,7 +149,7 @@ def test_every_reader_notices_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4", "none"])
 def test_codecs(tmp_path: Path, codec: Any) -> None:
-    settings = archiving(tmp_path, archive_codec=codec, preprocessing="none", tile_grid=(4, 5))
+    settings = with_archive(tmp_path, archive_codec=codec, preprocessing="none", tile_grid=(4, 5))
     convert(plan_conversion(settings, make_rgb_screen(tmp_path / "raw"), (16,), tmp_path / "store"))
     folder = tmp_path / "archive/P0.zarr/B/1/1/0"
     wanted = (pixels(0) // 16).astype(np.uint8)
@@ -408,7 +420,7 @@ def test_what_is_archived_outlives_its_pictures(tmp_path: Path) -> None:
     convert(plan(screen, tmp_path))
     archived, times = contents(tmp_path / "archive"), state(tmp_path / "archive")
     spoil(tmp_path / "raw")
-    for settings in (archiving(tmp_path), archiving(tmp_path, on_bad_field="skip")):
+    for settings in (with_archive(tmp_path), with_archive(tmp_path, on_bad_field="skip")):
         other = plan_conversion(settings, screen, (24,), tmp_path / "other")
         with contextlib.suppress(DataError):
             convert(other)
@@ -419,7 +431,7 @@ def test_what_is_archived_outlives_its_pictures(tmp_path: Path) -> None:
     mend(tmp_path / "raw", tmp_path / "good")
     tifffile.imwrite(tmp_path / "raw/P1/02_dna.tif", pixels(50)[..., 0])
     with pytest.raises(UserError, match=r"B/2/1 was archived from files that were changed since. Remove .*/P1.zarr if"):
-        convert(plan_conversion(archiving(tmp_path), screen, (32,), tmp_path / "third"))
+        convert(plan_conversion(with_archive(tmp_path), screen, (32,), tmp_path / "third"))
     assert contents(tmp_path / "archive") == archived
     assert set(times) >= {path.stat().st_mtime_ns for path in (tmp_path / "archive").rglob("c.0.0.0")}
 
@@ -443,7 +455,7 @@ def test_an_archive_of_something_else_is_not_touched(tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw")
     convert(plan(screen, tmp_path))
     fewer = dataclasses.replace(screen, fields=screen.fields.drop(index=0))
-    for other, settings in ((fewer, archiving(tmp_path)), (screen, archiving(tmp_path, archive_codec="lz4"))):
+    for other, settings in ((fewer, with_archive(tmp_path)), (screen, with_archive(tmp_path, archive_codec="lz4"))):
         with pytest.raises(UsageError) as fault:
             plan_conversion(settings, other, (16,), tmp_path / "another")
         assert f"{tmp_path / 'archive'} has P0" in str(fault.value)
@@ -458,8 +470,8 @@ def test_an_archive_of_something_else_is_not_touched(tmp_path: Path) -> None:
 
 def test_two_conversions_never_meet_in_an_archive(tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw")
-    other = plan_conversion(archiving(tmp_path), screen, (16,), tmp_path / "other")
-    with archiving_module.locked(other), pytest.raises(UsageError, match="converts into this archive"):
+    other = plan_conversion(with_archive(tmp_path), screen, (16,), tmp_path / "other")
+    with archiving.locked(other), pytest.raises(UsageError, match="converts into this archive"):
         convert(plan(screen, tmp_path))
 
 
