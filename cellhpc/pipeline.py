@@ -10,7 +10,7 @@ from cellhpc.attempts import finished
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
-from cellhpc.ledger import done_digest, write_json
+from cellhpc.ledger import done_digest, read_json, write_json
 from cellhpc.networks import check, input_channels
 from cellhpc.record import finished_plates
 from cellhpc.screens import Screen, read_screen, require_sound
@@ -145,7 +145,8 @@ def claim_study(plan: StudyPlan) -> None:
         The folder belongs to another job file or split.
     """
     plan.folder.claim(plan.job)
-    write_json(plan.folder.plates, plan.plates)
+    if not plan.folder.plates.exists() or read_json(plan.folder.plates) != plan.plates:
+        write_json(plan.folder.plates, plan.plates)
     path = plan.folder.folds
     if not path.exists():
         write_folds(path, plan.folds)

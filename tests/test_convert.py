@@ -22,10 +22,11 @@ import zarr
 from distributed import Client, LocalCluster
 from PIL import Image
 
-from cellhpc.convert import convert, plan_conversion
+from cellhpc.convert import convert, plan_conversion, planning, tasks
 from cellhpc.convert import execute as convert_module
 from cellhpc.correct import TileRecipe, cut_tiles, histograms, plate_statistics
 from cellhpc.errors import DataError, UsageError, UserError
+from cellhpc.pixels import read_field
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
 from cellhpc.tiles import Store
@@ -151,7 +152,7 @@ def test_the_plan_counts_before_anything_is_written(tmp_path: Path) -> None:
     assert totals["bytes_in"] == sum(path.stat().st_size for path in (tmp_path / "raw").rglob("*.tif"))
     assert totals["bytes_out"] == 40 * 3 * (16**2 + 24**2)
     assert "10 fields of 2 plates, 64 x 80 uint16, 3 channels (dna, tubulin, actin)" in plan.render()
-    assert "4 of DMSO fields for the statistics" in plan.render()
+    assert "4 DMSO fields for the statistics" in plan.render()
 
 
 def test_fields_carry_quality_figures_and_near_empty_tiles_are_set_aside(tmp_path: Path) -> None:
@@ -337,9 +338,9 @@ def test_a_plan_whose_tasks_do_not_own_whole_shards_is_refused(tmp_path: Path) -
     plan = plan_conversion(SETTINGS, make_screen(tmp_path / "raw"), (16,), tmp_path / "store")
     first = plan.tasks[0]
     half = dataclasses.replace(first, fields=first.fields[:1])
-    for tasks in ((half, *plan.tasks[1:]), plan.tasks[1:], (first, *plan.tasks), plan.tasks[:-1]):
+    for some in ((half, *plan.tasks[1:]), plan.tasks[1:], (first, *plan.tasks), plan.tasks[:-1]):
         with pytest.raises(ValueError, match=r"does not own exactly|belong to no task"):
-            dataclasses.replace(plan, tasks=tasks)
+            dataclasses.replace(plan, tasks=some)
 
 
 # Other settings, other folders
@@ -380,6 +381,38 @@ def test_nothing_to_convert_and_nothing_that_can_be_read(tmp_path: Path) -> None
     with pytest.raises(DataError, match="not one field can be read") as fault:
         plan_conversion(SETTINGS, dataclasses.replace(screen, root=tmp_path), (16,), tmp_path / "store")
     assert "plate P0: P0/00_dna.tif: missing" in fault.value.problems
+
+
+def test_a_field_without_a_signal_and_one_that_is_still_written_are_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = make_screen(tmp_path / "raw", plates=1)
+    tifffile.imwrite(tmp_path / "raw/P0/00_dna.tif", np.zeros(SIZE, np.uint16))
+
+    def read_while_it_is_written(root: Path, files: tuple[str, ...], expected: Any) -> np.ndarray:
+        field = read_field(root, files, expected)
+        if files[0] == "P0/03_dna.tif":
+            os.utime(root / files[0])
+        return field
+
+    monkeypatch.setattr(tasks, "read_field", read_while_it_is_written)
+    with pytest.raises(DataError) as fault:
+        convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "store"))
+    assert fault.value.problems == (
+        "plate P0: well B01 field 1: P0/00_dna.tif: every pixel of a channel is 0",
+        "plate P0: well B02 field 2: P0/03_dna.tif: changed while it was read",
+    )
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = make_screen(tmp_path / "raw")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=30_000))
+    with pytest.raises(UsageError, match=r"the tiles need up to 30.7 kB, and its disk has 30 kB free. Choose another"):
+        plan_conversion(SETTINGS, screen, (16,), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 # Plates come and go

@@ -18,7 +18,7 @@ import dask
 import psutil
 import pytest
 
-from cellhpc.convert import convert, execute, plan_conversion
+from cellhpc.convert import convert, execute, plan_conversion, running
 from cellhpc.convert.running import ConversionStopped
 from cellhpc.convert.workers import cores, serve
 from cellhpc.errors import UsageError, UserError
@@ -265,7 +265,7 @@ def test_a_stop_is_heard_while_no_worker_answers_and_what_is_done_stays_done(
     asked: list[float] = []
 
     def stop() -> bool:
-        if not asked and len(list((tmp_path / "store/work").glob("P?-000*.json"))) > 2:
+        if not asked and len(list((tmp_path / "store/plates").glob("P?/000*.json"))) > 2:
             for worker in workers_of(os.getpid()):
                 worker.suspend()
             asked.append(time.monotonic())
@@ -275,9 +275,9 @@ def test_a_stop_is_heard_while_no_worker_answers_and_what_is_done_stays_done(
         convert(plan, workers=2, stop=stop)
     assert time.monotonic() - asked[0] < 30
     assert not workers_of(os.getpid())
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "store/work").glob("P?-000*.json")}
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "store/plates").glob("P?/000*.json")}
     assert 2 < len(done) < 60
-    assert not (tmp_path / "store/store.json").exists()
+    assert not plan.is_finished
     convert(plan, workers=1)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert converted(tmp_path / "store") == whole
@@ -286,7 +286,7 @@ def test_a_stop_is_heard_while_no_worker_answers_and_what_is_done_stays_done(
 def test_a_conversion_whose_workers_die_at_once_ends_with_a_message(
     screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "IDLE_SECONDS", 4.0)
+    monkeypatch.setattr(running, "IDLE_SECONDS", 4.0)
     plan, ended = plan_conversion(SETTINGS, screen, (16,), tmp_path / "store"), threading.Event()
 
     def kill() -> None:

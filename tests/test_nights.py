@@ -212,7 +212,7 @@ def test_a_bug_in_one_run_fails_that_run_with_its_reason_and_no_other(
     night = Night(whole_cluster, tmp_path, raw, store, ranks=2, epochs=EPOCHS)
     (tmp_path / "damaged.h5").write_bytes(b"not weights")
     weights = f'sweep.weights=["{tmp_path}/damaged.h5", "xavier"]'
-    night.submit("train", "--set", weights, train={"nodes": 2, "restarts": 0})
+    night.submit("train", "--set", weights, "--set", "train.epochs=1", train={"nodes": 2, "restarts": 0})
     status = night.until_quiet()
     assert status["counts"] == {"done": 4, "failed": 4}, night.last_words()
     failed = [run for run in status["runs"] if run["state"] == "failed"]

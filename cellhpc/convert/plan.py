@@ -273,9 +273,9 @@ class ConversionPlan:
             f"Convert into {self.store}{already}",
             f"  read    {totals['fields']:,} fields of {totals['plates']:,} plates, {self.format}, "
             f"{len(self.channels)} channels ({', '.join(self.channels)})",
-            f"          {reference:,} of {self.settings.statistics.replace('dmso', 'DMSO')} fields for the statistics"
-            + (", all fields for the illumination" if self.settings.illumination != "none" else "")
-            + f"; {size_text(totals['bytes_in'])} in all",
+            f"          {reference:,} {'DMSO fields' if self.settings.statistics == 'dmso' else 'of these'} for the "
+            f"statistics{', all for the illumination' if self.settings.illumination != 'none' else ''}; "
+            f"{size_text(totals['bytes_in'])} in all",
             f"  write   {totals['tiles']:,} tiles of {sizes} pixels, at most {size_text(totals['bytes_out'])}, "
             f"in about {totals['files']:,} files",
             f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields; "

@@ -233,11 +233,14 @@ def problem_text(plate: str, record: dict[str, Any]) -> str:
 
 
 def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a field that nobody writes meanwhile: its pixels, and the begin of its record."""
+    """Read a field that nobody writes meanwhile and that shows something: its pixels, and the begin of its record."""
     before = file_state(recipe.root, source.files)
     pixels = read_field(recipe.root, source.files, recipe.format)
     if file_state(recipe.root, source.files) != before:
         raise BadField(f"{source.files[0]}: changed while it was read")
+    black = [name for channel, name in enumerate(source.files) if not pixels[..., channel].any()]
+    if black:  # no camera gives that
+        raise BadField(f"{', '.join(dict.fromkeys(black))}: every pixel of a channel is 0")
     return pixels, {**_record(source), "bytes": before[0], "modified_ns": before[1]}
 
 

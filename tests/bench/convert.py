@@ -1,0 +1,296 @@
+"""Conversion of full-size synthetic plates, against what one could write instead.
+
+One table, in MB/s of raw pixels (the files' bytes, each field counted once; the conversion reads DMSO fields twice):
+
+- floor: reading and decoding the files alone, in two processes
+- loop: the same arithmetic written by hand over two processes, no framework, no store but the codec
+- cellhpc: this conversion, from the command's plan to the finished store
+- dask: the transform of the paper with dask.array and `to_zarr`, as a user would write it first
+
+Then Zarr's own sharded write with and without the `zarrs` codec pipeline, if that is installed. ``--plates 1,4,16``
+asks how time and the scheduler's memory grow instead. ``--fields N`` treatment fields a plate (60, with 24 of DMSO).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import cv2
+import numpy as np
+import pandas as pd
+import psutil
+import tifffile
+import zarr
+import zarr.codecs
+
+from cellhpc.convert import ConversionPlan, convert, plan_conversion
+from cellhpc.correct import TileRecipe, anscombe, cut_tiles, histograms, plate_statistics
+from cellhpc.pixels import read_field
+from cellhpc.screens import Screen
+from cellhpc.settings import ConvertSettings
+
+SIZE = (1024, 1280)
+CHANNELS = ("dna", "tubulin", "actin")
+DMSO_FIELDS = 24
+TILE_PX = 224
+WORKERS = 2
+
+
+def make_plates(root: Path, plates: int, fields: int) -> Screen:
+    """Write plates of 16-bit TIFFs: a few noisy pictures of cells, each under many names."""
+    root.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    pictures = []
+    for _ in range(4):
+        cells = np.zeros((3, *SIZE), np.float32)
+        for y, x in zip(random.integers(40, SIZE[0] - 40, 250), random.integers(40, SIZE[1] - 40, 250), strict=True):
+            cells[:, y - 12 : y + 12, x - 12 : x + 12] += random.uniform(200, 3000, (3, 1, 1)).astype(np.float32)
+        smooth = np.stack([cv2.GaussianBlur(plane, (0, 0), 4) for plane in cells])
+        pictures.append(random.poisson(smooth + 120).astype(np.uint16))
+    for number, picture in enumerate(pictures):
+        for channel, name in enumerate(CHANNELS):
+            tifffile.imwrite(root / f"{number}_{name}.tif", picture[channel])
+    rows = []
+    for plate in range(plates):
+        folder = root / f"P{plate:02d}"
+        folder.mkdir()
+        for number in range(fields + DMSO_FIELDS):
+            names = {f"file_{name}": f"{folder.name}/{number:03d}_{name}.tif" for name in CHANNELS}
+            for name in CHANNELS:
+                content = (root / f"{number % 4}_{name}.tif").read_bytes()
+                (folder / f"{number:03d}_{name}.tif").write_bytes(content)
+            control = number >= fields
+            rows.append(
+                {
+                    "plate": folder.name, "batch": "", "well": f"{'ABCDEFGH'[number // 48]}{number // 4 % 12 + 1:02d}",
+                    "field": number % 4 + 1, "compound": "DMSO" if control else "c", "concentration": 1.0, "unit": "uM",
+                    "treatment": "DMSO" if control else "c 1 uM", "label": "" if control else "m", "replicate": "1",
+                    "role": "dmso" if control else "treatment", **names,
+                }
+            )  # fmt: skip
+    return Screen(pd.DataFrame(rows), CHANNELS, root)
+
+
+def plan_of(screen: Screen, store: Path) -> ConversionPlan:
+    return plan_conversion(ConvertSettings(), screen, (TILE_PX,), store)
+
+
+# ---- the floor and the hand-written loop; each process takes every other field
+
+
+def read_all(plan: ConversionPlan, rank: int) -> None:
+    sources = [source for task in plan.tasks for source in task.fields] + [s for p in plan.plates for s in p.reference]
+    for source in sources[rank::WORKERS]:
+        read_field(plan.root, source.files, plan.format)
+
+
+def loop_dmso(plan: ConversionPlan, rank: int) -> dict[str, np.ndarray]:
+    return {
+        plate.name: sum(
+            histograms(read_field(plan.root, source.files, plan.format)) for source in plate.reference[rank::WORKERS]
+        )
+        for plate in plan.plates
+    }  # type: ignore[misc]
+
+
+def loop_tiles(plan: ConversionPlan, counts: dict[str, np.ndarray], folder: Path, rank: int) -> None:
+    """Tiles of every other task, compressed tile by tile into one file for each task."""
+    from numcodecs import Blosc
+
+    cv2.setNumThreads(1)
+    codec = Blosc("zstd", 1, Blosc.BITSHUFFLE)
+    recipe = TileRecipe((2, 2), (TILE_PX,))
+    statistics = {name: plate_statistics(one) for name, one in counts.items()}
+    for task in plan.tasks[rank::WORKERS]:
+        with (folder / task.id).open("wb") as file:
+            for source in task.fields:
+                cut = cut_tiles(read_field(plan.root, source.files, plan.format), recipe, statistics[task.plate])
+                for tile in cut.tiles[TILE_PX]:
+                    file.write(codec.encode(np.ascontiguousarray(tile)))
+
+
+def in_two(work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    with concurrent.futures.ProcessPoolExecutor(WORKERS) as pool:
+        return list(pool.map(work, *[[argument] * WORKERS for argument in arguments], range(WORKERS)))
+
+
+def loop(plan: ConversionPlan, folder: Path) -> None:
+    folder.mkdir()
+    parts = in_two(loop_dmso, plan)
+    in_two(loop_tiles, plan, {name: sum(part[name] for part in parts) for name in parts[0]}, folder)
+
+
+# ---- what a user would write first
+
+
+def obvious_dask(plan: ConversionPlan, store: Path) -> None:
+    """The paper's steps in dask.array: full-resolution floats, one chunk a field, tiles by a resize of each."""
+    import dask
+    import dask.array as da
+
+    def load(files: Sequence[str]) -> da.Array:
+        lazy = dask.delayed(lambda: np.stack([tifffile.imread(plan.root / name) for name in files], -1))()
+        return da.from_delayed(lazy, (*SIZE, 3), np.uint16)[None]
+
+    def cut(block: np.ndarray) -> np.ndarray:
+        grey = (block[0] - block.min()) / (block.max() - block.min()) * 255
+        tiles = [grey[y : y + 512, x : x + 640] for y in (0, 512) for x in (0, 640)]
+        return np.stack([cv2.resize(tile, (TILE_PX, TILE_PX), interpolation=cv2.INTER_AREA) for tile in tiles]).astype(
+            np.uint8
+        )[None]
+
+    for plate in plan.plates:
+        dmso = anscombe_dask(da.concatenate([load(source.files) for source in plate.reference]))
+        mean, std = dask.compute(dmso.mean((0, 1, 2)), dmso.std((0, 1, 2)), scheduler="processes", num_workers=WORKERS)
+        mine = [source for task in plan.tasks if task.plate == plate.name for source in task.fields]
+        fields = (anscombe_dask(da.concatenate([load(source.files) for source in mine])) - mean) / std
+        tiles = fields.map_blocks(cut, dtype=np.uint8, chunks=((1,) * len(mine), 4, TILE_PX, TILE_PX, 3), new_axis=4)
+        with dask.config.set(scheduler="processes", num_workers=WORKERS):
+            tiles.to_zarr(str(store / plate.name))
+
+
+def anscombe_dask(fields: Any) -> Any:
+    return fields.map_blocks(anscombe, dtype=np.float64)
+
+
+# ---- Zarr's own writing
+
+
+def zarr_write(folder: Path, pipeline: str | None) -> float:
+    """MB/s of uint8 tiles into shards of 64, with this codec pipeline."""
+    settings: dict[str, Any] = {"threading.max_workers": 1, "array.write_empty_chunks": True}
+    if pipeline:
+        settings["codec_pipeline.path"] = pipeline
+    tiles = np.random.default_rng(0).poisson(60, (512, TILE_PX, TILE_PX, 3)).astype(np.uint8)
+    with zarr.config.set(settings):
+        array = zarr.create_array(
+            folder, shape=tiles.shape, chunks=(1, *tiles.shape[1:]), shards=(64, *tiles.shape[1:]), dtype="uint8",
+            compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+        )  # fmt: skip
+        began = time.perf_counter()
+        for first in range(0, len(tiles), 64):
+            array[first : first + 64] = tiles[first : first + 64]
+        return tiles.nbytes / 1e6 / (time.perf_counter() - began)
+
+
+# ---- measuring
+
+
+class Memory:
+    """Peak resident memory of this process's children, by what they are for, while the block runs."""
+
+    def __init__(self) -> None:
+        self.worker_mb = self.here_mb = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(0.1):
+            self.here_mb = max(self.here_mb, me.memory_info().rss / 1e6)
+            for child in me.children(recursive=True):
+                try:
+                    self.worker_mb = max(self.worker_mb, child.memory_info().rss / 1e6)
+                except psutil.Error:
+                    continue
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def compare(top: Path, fields: int) -> dict[str, Any]:
+    screen = make_plates(top / "raw", 2, fields)
+    plan = plan_of(screen, top / "store")
+    raw_mb = plan.totals()["bytes_in"] / 1e6
+    in_two(read_all, plan)  # the page cache is warm for all
+    seconds = {"floor": timed(lambda: in_two(read_all, plan)), "loop": timed(lambda: loop(plan, top / "loop"))}
+    with Memory() as memory:
+        seconds["cellhpc"] = timed(lambda: convert(plan, workers=WORKERS))
+    seconds["dask"] = timed(lambda: obvious_dask(plan, top / "dask"))
+    print(f"{len(screen.fields)} fields of {SIZE[0]} x {SIZE[1]} x 3, {raw_mb:,.0f} MB read, {WORKERS} processes")
+    print(f"{'':10} {'seconds':>8} {'MB/s':>7} {'of the loop':>12}")
+    for name, spent in seconds.items():
+        print(f"{name:10} {spent:8.1f} {raw_mb / spent:7,.0f} {seconds['loop'] / spent:11.0%}")
+    print(f"a worker held {memory.worker_mb:,.0f} MB at most; the plan said {plan.worker_bytes / 1e6:,.0f} MB")
+    writes = {"zarr": zarr_write(top / "zarr", None)}
+    try:
+        import zarrs  # noqa: F401
+
+        writes["zarrs"] = zarr_write(top / "zarrs", "zarrs.ZarrsCodecPipeline")
+    except ImportError:
+        print("zarrs is not installed: only Zarr's own pipeline was measured")
+    for name, speed in writes.items():
+        print(f"sharded write by {name}: {speed:,.0f} MB/s of tiles")
+    return {"raw_mb": raw_mb, "seconds": seconds, "mb_per_s": {name: raw_mb / spent for name, spent in seconds.items()},
+            "of_the_loop": seconds["loop"] / seconds["cellhpc"], "times_dask": seconds["dask"] / seconds["cellhpc"],
+            "worker_mb": memory.worker_mb, "sharded_write_mb_per_s": writes}  # fmt: skip
+
+
+def grow(top: Path, plates: list[int], fields: int) -> dict[str, Any]:
+    """Convert more and more plates, each time in a process of its own, whose peak is the scheduler's."""
+    rows = []
+    print(f"{'plates':>7} {'seconds':>8} {'s a plate':>10} {'scheduler MB':>13}")
+    for count in plates:
+        raw = top / f"raw-{count}"
+        make_plates(raw, count, fields).fields.to_parquet(raw / "fields.parquet")
+        words = [sys.executable, __file__, "--convert", str(raw)]
+        told = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        rows.append({"plates": count, **told})
+        print(
+            f"{count:7} {told['seconds']:8.1f} {told['seconds'] / count:10.2f} {told['scheduler_mb']:13,.0f}",
+            flush=True,
+        )
+    return {"plates": rows}
+
+
+def convert_here(raw: Path) -> None:
+    """Convert in this process's name and tell its own peak."""
+    screen = Screen(pd.read_parquet(raw / "fields.parquet"), CHANNELS, raw)
+    plan = plan_of(screen, raw / "store")
+    spent = timed(lambda: convert(plan, workers=WORKERS))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(json.dumps({"seconds": spent, "scheduler_mb": peak_mb}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plates", type=lambda text: [int(word) for word in text.split(",")])
+    parser.add_argument("--fields", type=int, default=60)
+    parser.add_argument("--convert", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.convert:
+        convert_here(given.convert)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        top = Path(temporary)
+        found = grow(top, given.plates, given.fields) if given.plates else compare(top, given.fields)
+    print(json.dumps({"bench": "convert", "cores": os.cpu_count(), **found}))
+
+
+if __name__ == "__main__":
+    main()
