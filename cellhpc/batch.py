@@ -278,6 +278,7 @@ def _python(study: StudyFolder, job: Job, site: Site, stage: str) -> str:
 def _own_folders(study: StudyFolder, job: Job) -> list[str]:
     """Folders that a study's jobs read and write: behind links too, and none that lies within another."""
     paths = [study.path, study.store(job), job.screen.path, job.screen.tables_folder]
+    paths += [job.convert.archive] if job.convert.archive else []
     paths += [Path(weights).parent for weights in job.sweep.weights if Path(weights).is_absolute()]
     found = sorted({path for given in paths for path in (given, given.resolve())})
     return [str(path) for path in found if not any(other in path.parents for other in found)]

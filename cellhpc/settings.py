@@ -232,6 +232,13 @@ class ConvertSettings(Settings):
     """Lossless compression of the tiles, by Blosc with bit shuffle: `zstd` makes them smaller, `lz4` reads faster."""
     on_bad_field: Literal["fail", "skip"] = "fail"
     """A field that can't be read: refuse its plate, or set the field aside and count it."""
+    archive: UserPath | None = None
+    """Folder into which every field that is read is also written as it is, as OME-Zarr 0.5: a plate of its own for each
+    plate, a file for the pixels of each field. Without it, none is. Stores of one screen may share it."""
+    archive_codec: Literal["zstd", "lz4", "none"] = "zstd"
+    """Lossless compression of the archive, as `codec`."""
+    archive_pixel_um: float | None = Field(None, gt=0)
+    """Side of a pixel in micrometres, for the archive: the screens' tables do not tell it."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:

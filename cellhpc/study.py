@@ -14,8 +14,11 @@ from cellhpc.settings import Job, parse_job
 LOCK = ".lock"
 FIXED_SECTIONS = ("screen", "convert", "folds", "train")
 """Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
-FREE_KEYS = {"screen.path", "screen.tables", "convert.store", "convert.on_bad_field"}
-"""Keys of these sections that may change: where things lie, and what the store's own digest tells apart."""
+FREE_KEYS = {
+    *("screen.path", "screen.tables", "convert.store", "convert.on_bad_field"),
+    *("convert.archive", "convert.archive_codec", "convert.archive_pixel_um"),
+}
+"""Keys of these sections that may change: where things lie, and what the digests of store and archive tell apart."""
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,10 @@ def test_a_container_gets_the_folders_that_the_study_needs(tmp_path: Path) -> No
     )
     screen = {"layout": "bbbc021", "path": str(tmp_path / "raw")}
     weights = {"weights": [str(tmp_path / "weights" / "w.h5")]}
-    convert, train, _ = texts(site, image=image_digest(site), screen=screen, sweep=weights).split("#!/bin/bash")[1:]
-    for path in (STUDY.path, tmp_path / "raw", tmp_path / "elsewhere", tmp_path / "weights", "/more:/more:ro"):
+    more = {"screen": screen, "sweep": weights, "convert": {"archive": str(tmp_path / "archive")}}
+    convert, train, _ = texts(site, image=image_digest(site), **more).split("#!/bin/bash")[1:]
+    own = [tmp_path / name for name in ("raw", "elsewhere", "weights", "archive")]
+    for path in (STUDY.path, *own, "/more:/more:ro"):
         assert f"--bind {path} " in train
     assert '--bind "$TMPDIR"' in train
     assert f"--nv --cleanenv {image} /opt/cellhpc/bin/python -u -m submitit" in train

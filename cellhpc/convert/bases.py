@@ -75,7 +75,7 @@ def _estimate_light(plan: ConversionPlan, plates: Sequence[Plate], client: Clien
         return []
     missing = {plate: plate.lit for plate in plates if _light(plan, plate) is None}
     problems: list[str] = []
-    jobs = _Blocks("Illumination", missing, lambda plate, sources: (shrink_fields, (Recipe.of(plan), sources)))
+    jobs = Blocks("Illumination", missing, lambda plate, sources: (shrink_fields, (Recipe.of(plan), sources)))
     for plate, blocks in jobs.run(client, stop):
         records = [record for block in blocks for _, record in block]
         pictures = [picture for block in blocks for picture, _ in block if picture is not None]
@@ -100,7 +100,9 @@ def _count_plates(plan: ConversionPlan, plates: Sequence[Plate], client: Client,
     lit = {plate: plate.reference for plate in plates if lights[plate] or plan.settings.illumination == "none"}
     title = "DMSO pixels" if plan.settings.statistics == "dmso" else "Plates' pixels"
     problems: list[str] = []
-    jobs = _Blocks(title, lit, lambda plate, sources: (count_pixels, (Recipe.of(plan), sources, lights[plate])))
+    jobs = Blocks(
+        title, lit, lambda plate, sources: (count_pixels, (Recipe.of(plan), plate.name, sources, lights[plate]))
+    )
     for plate, blocks in jobs.run(client, stop):
         records = [record for _, block in blocks for record in block]
         counts = [found for found, _ in blocks if found is not None]
@@ -137,7 +139,7 @@ def _refused(plan: ConversionPlan, plate: Plate, records: list[dict[str, Any]]) 
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Fields of plates, a few of which are looked at in one job."""
 
     title: str

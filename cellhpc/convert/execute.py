@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zarr
-import zarr.codecs
 import zarr.storage
 
+from cellhpc.codecs import CODECS
+from cellhpc.convert import archiving
 from cellhpc.convert.bases import bad_stay_bad, find_bases, read_basis
 from cellhpc.convert.plan import ConversionPlan, Plate, Task
 from cellhpc.convert.planning import recorded_identity, refuse_other_store
@@ -34,13 +35,6 @@ if TYPE_CHECKING:
 
 # Dask is imported where a cluster is started: most calls find a store that is finished, and should not wait for it.
 
-CODECS = {
-    "zstd": zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
-    "lz4": zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
-    "none": None,
-}
-"""Measured by tests/bench/codec.py."""
-
 
 def convert(
     plan: ConversionPlan,
@@ -49,6 +43,9 @@ def convert(
     dashboard: bool = False,
 ) -> None:
     """Carry out what is missing of a conversion; plates that are finished are left alone.
+
+    Plates that are finished and not in the archive, because it was asked for later, are read again, and written into
+    it; their tiles stay as they are.
 
     With several ranks in the environment (see `cellhpc.hosts`), rank 0 calls this, and the others call `serve`.
 
@@ -67,11 +64,11 @@ def convert(
     ------
     DataError
         With ``on_bad_field = "fail"``, fields are bad: lists those of all plates. With either setting, a plate has no
-        DMSO pixels that it can be normalised by.
+        DMSO pixels that it can be normalised by, or pictures of a finished plate changed before they were archived.
     UsageError
-        The folder holds another store, or another process converts into it.
+        The folder holds another store, or another process converts into it or into the archive.
     UserError
-        The store can't be written, a worker died again and again, or no worker is left.
+        Store or archive can't be written, a worker died again and again, or no worker is left.
     ConversionStopped
         As `stop` asked for.
     """
@@ -83,22 +80,33 @@ def convert(
 
 
 def _convert(plan: ConversionPlan, workers: int | None, stop: Stop, dashboard: bool) -> None:
-    with _locked(plan.store):
+    with _locked(plan.store), archiving.locked(plan):
         _claim(plan)
         plates = plan.unfinished()
         for plate in plates:  # readers must not meet a plate that changes
             (plate_folder(plan.store, plate.name) / PLATE).unlink(missing_ok=True)
+        archiving.claim_plates(plan)
+        _write_tables(plan)  # nothing else is to be done where labels changed
         looks = [plate for plate in plates if read_basis(plan, plate) is None]
-        count = max(1, min(workers or cores(), len(looks) + len(_missing_tasks(plan, plates))))
+        jobs = len(looks) + len(_missing_tasks(plan, plates)) + sum(map(len, archiving.missing_fields(plan).values()))
         problems: list[str] = []
-        if looks or _missing_tasks(plan, plates):
-            with _cluster(count, dashboard) as client:
+        lost: dict[str, list[str]] = {}
+        if jobs:
+            with _cluster(min(workers or cores(), jobs), dashboard) as client:
                 problems = find_bases(plan, looks, client, stop)
                 problems += _convert_tasks(plan, plates, client, stop)
-        for plate in plates:
-            if not _missing_tasks(plan, [plate]):
-                write_tables(plan, plate)
+                _write_tables(plan)
+                lost = archiving.archive_rest(plan, client, stop)
+        archiving.finish_plates(plan, lost)
         _refuse(plan, problems)
+        archiving.refuse_lost(plan, lost)
+
+
+def _write_tables(plan: ConversionPlan) -> None:
+    """Write the tables of the unfinished plates whose tasks are all done."""
+    for plate in plan.unfinished():
+        if not _missing_tasks(plan, [plate]):
+            write_tables(plan, plate)
 
 
 def _missing_tasks(plan: ConversionPlan, plates: Sequence[Plate]) -> list[tuple[Task, Basis | None]]:

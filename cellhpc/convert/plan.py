@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import collections
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from cellhpc.archive import Archive, count_files, read_record
 from cellhpc.correct import TileRecipe
 from cellhpc.errors import listing
 from cellhpc.pixels import FieldFormat, file_bytes
@@ -62,6 +63,8 @@ class Plate:
         Of everything that its tiles depend on.
     labels_digest
         Of its part of the fields table.
+    sources, sources_digest
+        All its fields that are read, and the digest of their names and files.
     """
 
     name: str
@@ -71,6 +74,8 @@ class Plate:
     reference_digest: str
     digest: str
     labels_digest: str
+    sources: tuple[FieldSource, ...] = field(compare=False)
+    sources_digest: str
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,14 @@ class ConversionPlan:
         )
 
     @property
+    def archive(self) -> Archive | None:
+        """Where the fields are written as they are; None if they are not."""
+        made = self.settings
+        if made.archive is None:
+            return None
+        return Archive(made.archive, self.channels, self.format, made.archive_codec, made.archive_pixel_um)
+
+    @property
     def content_digest(self) -> str:
         """Digest of what the store holds of the plan's plates; empty while one is not finished."""
         return content_digest(self.store, [plate.name for plate in self.plates])
@@ -160,8 +173,8 @@ class ConversionPlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all plates are there as planned."""
-        return not self.unfinished()
+        """Whether all plates are there as planned, and in the archive if there is one."""
+        return not self.unfinished() and not self.unarchived()
 
     def unfinished(self) -> list[Plate]:
         """List the plates that are not there as planned; one with fields set aside is, if these are as they were."""
@@ -171,6 +184,17 @@ class ConversionPlan:
         record = read_plate(self.store, plate.name)
         known = (record.get("digest"), record.get("labels")) == (plate.digest, plate.labels_digest)
         return known and all(self.still_bad(bad) for bad in record["bad_fields"])
+
+    def unarchived(self) -> list[Plate]:
+        """List the plates that are not whole in the archive; fields that were set aside need not be there."""
+        return [plate for plate in self.plates if self.archive and not self._is_archived(self.archive, plate)]
+
+    def _is_archived(self, archive: Archive, plate: Plate) -> bool:
+        record = read_record(archive.plate(plate.name))
+        if record.get("digest") != archive.digest(plate.sources_digest) or "missing" not in record:
+            return False
+        bad = [[one["well"], one["field"]] for one in read_plate(self.store, plate.name).get("bad_fields", [])]
+        return all(missing in bad for missing in record["missing"])
 
     def still_bad(self, bad: dict[str, Any]) -> bool:
         """Whether a field that was set aside may stay so: that is allowed, and its files have the size they had."""
@@ -195,13 +219,16 @@ class ConversionPlan:
     def totals(self) -> dict[str, int]:
         """Count the whole conversion, finished or not; `bytes_out` are those of the tiles before compression.
 
-        `worker_bytes` is about what a worker process holds at most; the others count pictures, bytes and files.
+        `worker_bytes` is about what a worker process holds at most; the others count pictures, bytes and files. Those
+        of the archive are counted for themselves, `archive_bytes` before compression.
         """
         fields = sum(plate.fields for plate in self.plates)
         reference = [source for plate in self.plates for source in plate.reference]
         lit = [source for plate in self.plates for source in plate.lit]
         read = [*(source for task in self.tasks for source in task.fields), *reference, *lit]
         arrays = len(self.plates) * len(self.tile_sizes_px)
+        archive = self.archive
+        archived = [[source.well for source in plate.sources] for plate in self.plates if archive]
         return {
             "plates": len(self.plates),
             "fields": fields,
@@ -215,6 +242,8 @@ class ConversionPlan:
             "files": len(self.tasks) * (len(self.tile_sizes_px) + 1)
             + arrays + len(self.plates) + 1
             + len(self.plates) * (3 + self.normalised + 2 * (self.settings.illumination != "none")) + 2,
+            "archive_bytes": sum(len(wells) for wells in archived) * archive.field_bytes if archive else 0,
+            "archive_files": sum(count_files(wells) for wells in archived) + 1 if archive else 0,  # and its lock
             "worker_bytes": self.worker_bytes,
         }  # fmt: skip
 
@@ -225,11 +254,12 @@ class ConversionPlan:
 
     @property
     def worker_bytes(self) -> int:
-        """About what a worker process holds at most: itself, a field with its grey levels, and a shard twice."""
+        """About what a worker process holds at most: itself, a field with its grey levels, and its shards twice."""
         pixels = self.format.height * self.format.width
         field = pixels * len(self.channels) * (2 if self.format.dtype == "uint8" else 4)
         gains = 2 * pixels * len(self.channels) * 4 if self.settings.illumination != "none" else 0
-        return int(WORKER_BYTES + field + gains + 2 * self.settings.shard_fields * self.field_bytes_out)
+        archived = 2 * self.archive.field_bytes if self.archive else 0
+        return int(WORKER_BYTES + field + gains + archived + 2 * self.settings.shard_fields * self.field_bytes_out)
 
     def render(self) -> str:
         """Tell the plan in a few lines, for `--dry-run`."""
@@ -251,6 +281,14 @@ class ConversionPlan:
             f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields; "
             f"a worker holds about {size_text(totals['worker_bytes'])}",
         ]
+        if archive := self.archive:
+            count, there = sum(len(plate.sources) for plate in self.plates), len(self.plates) - len(self.unarchived())
+            lines += [
+                f"  archive {count:,} fields as they are in {archive.folder}"
+                + (f" ({there:,} plates are there)" if there else ""),
+                f"          about {size_text(count * archive.expected_bytes)}, at most "
+                f"{size_text(totals['archive_bytes'])}, in {totals['archive_files']:,} files",
+            ]
         return "\n".join(lines)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from cellhpc.archive import has_field, is_foreign
 from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task, size_text
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import digest
+from cellhpc.ome import Place, place
 from cellhpc.pixels import BadField, FieldFormat, file_bytes, probe_field
 from cellhpc.record import LOCK, read_identity, read_plate
 from cellhpc.screens import Screen
@@ -48,7 +50,7 @@ def plan_conversion(
         settings.
     UsageError
         The folder holds another store or something else; a plate of the store has other fields; the tile grid does not
-        divide the field; the tiles may not fit the disk.
+        divide the field; the tiles may not fit the disk; or so of the archive.
     """
     files = [f"file_{channel}" for channel in screen.channels]
     fields = _fields(settings, screen)
@@ -73,6 +75,7 @@ def plan_conversion(
     plan = ConversionPlan(
         settings, store, screen.root, screen.channels, tuple(sizes), field_format, plates, tasks, fields, identity
     )
+    _check_archive(plan)
     _refuse_full_disk(plan)
     return plan
 
@@ -170,15 +173,51 @@ def _refuse_other_plates(store: Path, plates: Sequence[Plate]) -> None:
         )
 
 
+def _check_archive(plan: ConversionPlan) -> None:
+    """Refuse an archive that can't hold the screen's wells, or that has other plates of the same names."""
+    archive = plan.archive
+    if archive is None:
+        return
+    if plan.store in (archive.folder, *archive.folder.parents):
+        raise UsageError(f"convert.archive {archive.folder} lies in the store. Choose a folder beside it.")
+    wells: dict[tuple[str, Place], set[str]] = collections.defaultdict(set)
+    for name, well in sorted({(plate.name, source.well) for plate in plan.plates for source in plate.sources}):
+        try:
+            wells[name, place(well)].add(well)
+        except ValueError as fault:
+            raise UsageError(f"convert.archive: plate {name}: {fault}. Others have no place in OME-Zarr.") from None
+    for (name, _), spellings in wells.items():
+        if len(spellings) > 1:
+            raise UsageError(f"convert.archive: plate {name}: {listing(spellings)} are one well. Write it in one way.")
+    foreign = [
+        plate.name for plate in plan.plates if is_foreign(archive, plate.name, archive.digest(plate.sources_digest))
+    ]
+    if foreign:
+        raise UsageError(
+            f"{archive.folder} has {listing(foreign)} from other fields or files than are converted now, or made with "
+            "other settings.\nRemove what is there by these names, or choose another folder with "
+            "--set convert.archive=FOLDER."
+        )
+
+
 def _refuse_full_disk(plan: ConversionPlan) -> None:
     missing = sum(plate.fields for plate in plan.unfinished()) * plan.field_bytes_out
-    folder = next(path for path in (plan.store, *plan.store.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise UsageError(
-            f"{plan.store}: the tiles need up to {size_text(missing)}, and its disk has {size_text(free)} free. "
-            "Choose another folder with --set convert.store=FOLDER, or make room."
-        )
+    needs = [("store", plan.store, "tiles need up to", missing)]
+    if archive := plan.archive:
+        fields = [(plate.name, source) for plate in plan.unarchived() for source in plate.sources]
+        count = sum(not has_field(archive, plate, source.well, source.field) for plate, source in fields)
+        needs.append(("archive", archive.folder, "archive needs about", count * archive.expected_bytes))
+    taken: collections.Counter[int] = collections.Counter()
+    for key, where, what, size in needs:
+        folder = next(path for path in (where, *where.parents) if path.exists())
+        disk = folder.stat().st_dev
+        free = shutil.disk_usage(folder).free - taken[disk]
+        taken[disk] += size
+        if size > free:
+            raise UsageError(
+                f"{where}: the {what} {size_text(size)}, and its disk has {size_text(max(0, free))} free. "
+                f"Choose another folder with --set convert.{key}=FOLDER, or make room."
+            )
 
 
 def _probe(root: Path, fields: pd.DataFrame, files: list[str]) -> FieldFormat:
@@ -240,7 +279,7 @@ def _divide(
             reference = tuple(source for source in every if source.role == "dmso" or settings.statistics == "plate")
         by = digest({"how": how, "reference": _names(reference), "lit": _names(lit)})
         content, labels = digest([by, _names(used)]), _table_digest(rows.drop(columns=files))
-        plates.append(Plate(name, len(used), reference, lit, by, content, labels))
+        plates.append(Plate(name, len(used), reference, lit, by, content, labels, every, digest(_names(every))))
         for shard in range(math.ceil(len(used) / per_shard)):
             part = tuple(used[shard * per_shard : (shard + 1) * per_shard])
             document = {"plate": by, "shard": shard, "fields": _names(part)}

@@ -20,13 +20,14 @@ import cv2
 import numpy as np
 import zarr
 
+from cellhpc.archive import Archive, write_field
 from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task
 from cellhpc.correct import PlateStatistics, TileRecipe, cut_tiles, histograms
 from cellhpc.errors import UserError
 from cellhpc.illumination import even_out, gains, shrink
 from cellhpc.ledger import read_json, write_json
 from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
-from cellhpc.quality import measure
+from cellhpc.quality import Quality, measure
 from cellhpc.record import ARRAYS, plate_folder
 
 STATISTICS, ILLUMINATION = "statistics", "illumination"
@@ -43,12 +44,13 @@ class Recipe:
     tiles: TileRecipe
     shard_fields: int
     skip_bad: bool
+    archive: Archive | None
 
     @classmethod
     def of(cls, plan: ConversionPlan) -> Recipe:
         """Take the recipe out of a plan."""
         skip = plan.settings.on_bad_field == "skip"
-        return cls(plan.root, plan.store, plan.format, plan.recipe, plan.settings.shard_fields, skip)
+        return cls(plan.root, plan.store, plan.format, plan.recipe, plan.settings.shard_fields, skip, plan.archive)
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def shrink_fields(recipe: Recipe, sources: Sequence[FieldSource]) -> list[tuple[
 
 
 def count_pixels(
-    recipe: Recipe, sources: Sequence[FieldSource], light: Light | None
+    recipe: Recipe, plate: str, sources: Sequence[FieldSource], light: Light | None
 ) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
-    """Count the pixels of fields of one plate.
+    """Count the pixels of fields of one plate; those of no other task go into the archive, if there is one.
 
     Returns
     -------
@@ -107,14 +109,17 @@ def count_pixels(
         except BadField as fault:
             records.append(_bad(source, fault))
             continue
-        records.append(facts | dataclasses.asdict(measure(pixels)))
+        quality = measure(pixels)
+        if source.role == "dmso":
+            _archive(recipe, plate, source, facts, pixels, quality)
+        records.append(facts | dataclasses.asdict(quality))
         counts = histograms(_evened(pixels, light))
         total = counts if total is None else total + counts
     return total, records
 
 
 def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[str, Any]]:
-    """Turn the fields of a task into its shards and its marker.
+    """Turn the fields of a task into its shards and its marker; before these, they go into the archive if there is one.
 
     Parameters
     ----------
@@ -147,10 +152,12 @@ def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[
             continue
         if basis is None:
             continue
+        quality = measure(pixels)
+        _archive(recipe, task.plate, source, facts, pixels, quality)
         cut = cut_tiles(_evened(pixels, basis.light), how, basis.statistics)
         for px, made in cut.tiles.items():
             tiles[px][slot * per_field : (slot + 1) * per_field] = made
-        records.append(facts | dataclasses.asdict(measure(pixels)) | {"signal": cut.signal})
+        records.append(facts | dataclasses.asdict(quality) | {"signal": cut.signal})
     bad = [record for record in records if record["bad"]]
     if basis is not None and (recipe.skip_bad or not bad):
         try:
@@ -159,6 +166,37 @@ def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[
             raise UserError(
                 f"{recipe.store}: the tiles of {task.id} can't be written: {fault.strerror or fault}"
             ) from None
+    return bad
+
+
+def archive_fields(
+    recipe: Recipe, plate: str, sources: Sequence[FieldSource], states: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Archive fields of a plate whose tiles are there already.
+
+    Parameters
+    ----------
+    recipe, plate, sources
+        How, and which fields.
+    states
+        Size and time of each field's files when its tiles were made.
+
+    Returns
+    -------
+    list of dict
+        Records of the fields that can't be read any more, or that were changed since.
+    """
+    bad = []
+    for source, state in zip(sources, states, strict=True):
+        try:
+            pixels, facts = _read(recipe, source)
+        except BadField as fault:
+            bad.append(_bad(source, fault))
+            continue
+        if (facts["bytes"], facts["modified_ns"]) == state:
+            _archive(recipe, plate, source, facts, pixels, measure(pixels))
+        else:
+            bad.append(_bad(source, BadField(f"{source.files[0]}: changed since it was converted")))
     return bad
 
 
@@ -204,6 +242,22 @@ def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, An
     if black:  # no camera gives that
         raise BadField(f"{', '.join(dict.fromkeys(black))}: every pixel of a channel is 0")
     return pixels, {**_record(source), "bytes": before[0], "modified_ns": before[1]}
+
+
+def _archive(
+    recipe: Recipe, plate: str, source: FieldSource, facts: dict[str, Any], pixels: np.ndarray, quality: Quality
+) -> None:
+    """Write a field as it is, if there is an archive."""
+    if recipe.archive is None:
+        return
+    made_of = {"files": list(source.files), "bytes": facts["bytes"], "modified_ns": facts["modified_ns"]}
+    extremes = list(zip(quality.low, quality.high, strict=True))
+    try:
+        write_field(recipe.archive, plate, source.well, source.field, pixels, extremes, made_of)
+    except OSError as fault:
+        raise UserError(
+            f"{recipe.archive.folder}: {source} of {plate} can't be written: {fault.strerror or fault}"
+        ) from None
 
 
 def _evened(pixels: np.ndarray, light: Light | None) -> np.ndarray:
