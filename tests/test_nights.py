@@ -170,9 +170,6 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     assert "Nothing is to be submitted" in again.stdout, again.stdout + again.stderr
     said = night.cellhpc("cancel", night.study)
     assert said.returncode == 0, said.stderr
-    hasty = night.cellhpc("resume", night.study)
-    assert hasty.returncode == 1
-    assert "just ending" in hasty.stderr
     status = stays_quiet(night)
     assert "cancelled" in night.ends()
     states = {run["run"]: run["state"] for run in status["runs"]}
@@ -235,6 +232,28 @@ def test_a_job_that_needs_more_memory_than_it_has_fails_with_that_reason(
         assert all("memory" in reason.lower() for reason in reasons), (reasons, night.last_words())
         night.submit(train={"memory_gb": 4})
         night.until_done()
+
+
+def test_what_is_just_ending_is_not_submitted_a_second_time(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path
+) -> None:
+    with LocalCluster(tmp_path_factory.mktemp("slow"), nodes=1, cpus=2, kill_wait=300) as cluster:
+        night = Night(cluster, tmp_path, raw, store, epochs=EPOCHS)
+        night.submit()
+        _, attempt = night.run_at_work()
+        rank = psutil.Process(_pid(night, attempt))
+        rank.suspend()  # it can't end before Slurm's patience does
+        try:
+            assert night.cellhpc("cancel", night.study).returncode == 0
+            hasty = night.cellhpc("resume", night.study)
+            assert hasty.returncode == 1
+            assert "just ending" in hasty.stderr
+            assert not (night.study / "jobs" / "0002").exists()
+        finally:
+            rank.resume()
+        night.until_quiet()
+        assert night.cellhpc("resume", night.study).returncode == 0
+        assert night.cellhpc("cancel", night.study).returncode == 0
 
 
 def test_a_full_disk_fails_the_run_with_that_reason_and_leaves_what_was_good(
