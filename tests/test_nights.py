@@ -237,12 +237,13 @@ def test_a_job_that_needs_more_memory_than_it_has_fails_with_that_reason(
 def test_what_is_just_ending_is_not_submitted_a_second_time(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, raw: Path, store: Path
 ) -> None:
-    with LocalCluster(tmp_path_factory.mktemp("slow"), nodes=1, cpus=2, kill_wait=300) as cluster:
+    with LocalCluster(tmp_path_factory.mktemp("slow"), nodes=1, cpus=2, slurmd_timeout=300) as cluster:
         night = Night(cluster, tmp_path, raw, store, epochs=EPOCHS)
         night.submit()
-        _, attempt = night.run_at_work()
-        rank = psutil.Process(_pid(night, attempt))
-        rank.suspend()  # it can't end before Slurm's patience does
+        night.run_at_work()
+        node = psutil.Process(cluster.processes()["n1"])
+        slurmd = next(process for process in (node, *node.children(recursive=True)) if process.name() == "slurmd")
+        slurmd.suspend()  # the node does not hear of the end
         try:
             assert night.cellhpc("cancel", night.study).returncode == 0
             hasty = night.cellhpc("resume", night.study)
@@ -250,7 +251,7 @@ def test_what_is_just_ending_is_not_submitted_a_second_time(
             assert "just ending" in hasty.stderr
             assert not (night.study / "jobs" / "0002").exists()
         finally:
-            rank.resume()
+            slurmd.resume()
         night.until_quiet()
         assert night.cellhpc("resume", night.study).returncode == 0
         assert night.cellhpc("cancel", night.study).returncode == 0
