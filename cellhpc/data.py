@@ -23,6 +23,8 @@ class Data:
         Table (n rows) of the tiles.
     classes
         Labels in the order of the logits.
+    channels
+        Names, in the order of the last axis.
     by
         Column of the table that the folds hold out.
     """
@@ -30,6 +32,7 @@ class Data:
     pixels: np.ndarray
     tiles: pd.DataFrame
     classes: tuple[str, ...]
+    channels: tuple[str, ...]
     by: str = "compound"
 
     @property
@@ -41,4 +44,4 @@ class Data:
 def load_data(store: Store, folds: Folds, tile_px: int) -> Data:
     """Read all used tiles of a store into memory."""
     tiles = store.tiles[folds.used(store.tiles)].reset_index(drop=True)
-    return Data(store.read(tiles, tile_px), tiles, folds.classes, folds.by)
+    return Data(store.read(tiles, tile_px), tiles, folds.classes, store.channels, folds.by)

@@ -91,11 +91,6 @@ def parse_network(text: str) -> Network:
     return Network(name, arguments)
 
 
-def input_channels(channels: int) -> int:
-    """Channels that a network is built with: its own three at least; a screen of fewer is filled up with zeros."""
-    return max(3, channels)
-
-
 def initialisation(weights: str) -> str:
     """Short name of where training starts: `imagenet`, `xavier`, or the stem of the weights file."""
     return weights if weights in WEIGHTLESS else Path(weights).stem
@@ -156,6 +151,11 @@ def build(network: Network, side_px: int, channels: int, classes: int, weights: 
         else {}
     )
     arguments = {**extra, **dict(network.arguments)}
+    if weights == "imagenet" and channels != 3:
+        raise UsageError(
+            f"ImageNet weights are for 3 inputs, and {network.slug} would have {channels}, one for each channel. Choose "
+            'three with train.inputs, as ["dna", "er+golgi", "actin"], or start from xavier.'
+        )
     shape = (side_px, side_px, channels)
     try:
         backbone = constructor(

@@ -10,8 +10,9 @@ from cellhpc.attempts import finished
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
+from cellhpc.inputs import mix
 from cellhpc.ledger import done_digest, read_json, write_json
-from cellhpc.networks import check, input_channels
+from cellhpc.networks import check
 from cellhpc.record import finished_plates
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
@@ -131,6 +132,7 @@ def plan_study(job: Job) -> StudyPlan:
     require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
     folds = plan_folds(screen.fields, job.folds)
     conversion = plan_conversion(job.convert, screen, sizes, store)
+    mix(conversion.channels, job.train.inputs)
     runs = plan_runs(job, folds, conversion.content_digest)
     missing = tuple(run for run in runs if not finished(folder.runs / run.id, run.digest))
     return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
@@ -165,9 +167,9 @@ def check_networks(plan: StudyPlan) -> None:
     UserError
         A network or its weights can't be had.
     """
-    channels = input_channels(len(plan.conversion.channels))
+    inputs = mix(plan.conversion.channels, plan.job.train.inputs).shape[1]
     if plan.missing:
-        check(sorted({(run.network, run.tile_px, channels, run.weights) for run in plan.missing}))
+        check(sorted({(run.network, run.tile_px, inputs, run.weights) for run in plan.missing}))
 
 
 def convert_study(plan: StudyPlan, stop: Callable[[], bool] = lambda: False) -> StudyPlan:

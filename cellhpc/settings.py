@@ -277,6 +277,10 @@ class TrainSettings(Settings):
     """Weight a tile's loss by n / (classes * n_class)."""
     augment: Literal["none", "rotations", "kensert2019"] = "kensert2019"
     """`rotations`: one of eight rotations and mirrors. `kensert2019`: these, channel gain, blur and noise."""
+    inputs: tuple[str, ...] = Field((), max_length=5)
+    """What a network sees at each of its inputs: a channel, the mean of some (`"er+golgi"`), or nothing (`""`).
+    ImageNet weights want three, so `["dna", "er+golgi", "actin"]` of four channels. By default a screen's channels in
+    their order, and nothing at the rest of three."""
     input_scaling: Literal["raw", "keras"] = "raw"
     """`raw`: the network sees 0..255, as in the paper; `keras`: scaled as keras.applications does for the network."""
     batch_norm_momentum: float | None = Field(None, ge=0, lt=1)

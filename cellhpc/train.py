@@ -27,8 +27,9 @@ from cellhpc.checkpoint import Interrupted, Keeper, Progress, Variables
 from cellhpc.data import Data, load_data
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
+from cellhpc.inputs import mix
 from cellhpc.ledger import provenance
-from cellhpc.networks import Network, build, input_channels, parse_network, scale_input
+from cellhpc.networks import Network, build, parse_network, scale_input
 from cellhpc.ranks import Ranks
 from cellhpc.scores import levels
 from cellhpc.settings import TrainSettings
@@ -90,7 +91,7 @@ class Trainer:
         self.data = data
         self.settings = settings
         self.ranks = ranks
-        self._side_px, self._channels = data.pixels.shape[1], data.pixels.shape[3]
+        self._side_px, self._mix = data.pixels.shape[1], mix(data.channels, settings.inputs)
         self._initial: tuple[tuple[str, int], list[np.ndarray]] | None = None
         self.model = self._build("xavier")
         self.optimizer = keras.optimizers.SGD(settings.learning_rate, momentum=settings.momentum)
@@ -106,7 +107,7 @@ class Trainer:
         self._step, self._predict = self._graphs()
 
     def _build(self, weights: str) -> Any:
-        return build(self.network, self._side_px, input_channels(self._channels), len(self.data.classes), weights)
+        return build(self.network, self._side_px, self._mix.shape[1], len(self.data.classes), weights)
 
     def _graphs(self) -> tuple[Any, Any]:
         """Trace the training step and the prediction step."""
@@ -115,11 +116,13 @@ class Trainer:
         from cellhpc.augment import augment, orient
 
         settings, model, ranks = self.settings, self.model, self.ranks
-        missing = input_channels(self._channels) - self._channels
-        side, channels = self._side_px, self._channels
+        side, (channels, inputs) = self._side_px, self._mix.shape
 
         def prepare(tiles: Any) -> Any:
-            tiles = tf.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, missing)))
+            if settings.inputs:
+                tiles = tf.einsum("nyxc,ci->nyxi", tiles, self._mix)
+            else:
+                tiles = tf.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, inputs - channels)))
             return scale_input(self.network, tiles) if settings.input_scaling == "keras" else tiles
 
         @tf.function(

@@ -39,7 +39,7 @@ def data(side_px: int = 32, per_compound: int = 8) -> tuple[Data, Folds]:
     level = table["label"].map({"dim": 40, "middle": 110, "bright": 190}).to_numpy()
     noise = random.normal(0, 12, (len(table), side_px, side_px, 3))
     pixels = np.clip(level[:, None, None, None] + noise, 0, 255).astype(np.uint8)
-    return Data(pixels, table, folds.classes, folds.by), folds
+    return Data(pixels, table, folds.classes, ("dna", "tubulin", "actin"), folds.by), folds
 
 
 def run(folds: Folds, network: str, fold: int = 0, seed: int = 0, weights: str = "xavier", side_px: int = 32) -> Run:

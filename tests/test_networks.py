@@ -116,6 +116,11 @@ def test_a_size_that_the_network_refuses() -> None:
         build(Network("InceptionV3"), 32, 3, 6, "xavier")
 
 
+def test_imagenet_weights_are_for_three_inputs() -> None:
+    with pytest.raises(UsageError, match=r"ImageNet weights are for 3 inputs.* 5, .*Choose three with train.inputs"):
+        build(SMALL, 64, 5, 6, "imagenet")
+
+
 def test_xavier_is_seeded() -> None:
     def kernel(seed: int) -> np.ndarray:
         keras.utils.set_random_seed(seed)

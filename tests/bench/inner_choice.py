@@ -72,7 +72,7 @@ def inner_counts(job: Job, store: Store, half: str, changes: dict[str, Any]) -> 
     mine = store.tiles["compound"].isin(HALVES[half])
     tiles: pd.DataFrame = store.tiles[mine].reset_index(drop=True)
     classes = tuple(sorted(tiles["label"].unique()))
-    data = Data(store.read(tiles, tile_px), tiles, classes)
+    data = Data(store.read(tiles, tile_px), tiles, classes, store.channels)
     trainer = Trainer(job.sweep.networks[0], data, settings, OneRank())
     counts: Counts = {}
     for held_out in HELD_OUT[half]:
