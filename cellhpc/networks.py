@@ -153,7 +153,7 @@ def build(network: Network, side_px: int, channels: int, classes: int, weights: 
     arguments = {**extra, **dict(network.arguments)}
     if weights == "imagenet" and channels != 3:
         raise UsageError(
-            f"ImageNet weights are for 3 inputs, and {network.slug} would have {channels}, one for each channel. Choose "
+            f"ImageNet weights are for 3 inputs, and {network.slug} would have {channels}, one a channel. Choose "
             'three with train.inputs, as ["dna", "er+golgi", "actin"], or start from xavier.'
         )
     shape = (side_px, side_px, channels)

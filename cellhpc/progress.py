@@ -50,7 +50,9 @@ def progress(title: str, total: float, unit: str) -> Iterator[Advance]:
         done += amount
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done >= total:
             last = time.monotonic()
+            left_s = (last - began) * (total - done) / done if done else 0
             text = f"{title}: {done:,.0f}/{total:,.0f} {unit} in {last - began:.0f} s"
+            text += f", about {left_s:,.0f} s left" if left_s >= 1 else ""
             print(f"{text}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance

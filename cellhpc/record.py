@@ -5,6 +5,7 @@ A store is a folder::
     store.json                     what it is: settings, channels, size and type of a field; written first
     tiles.zarr/PLATE/tiles_224/    an array for each plate and tile size, a file for each shard
     plates/PLATE/                  markers of the plate's tasks, its tables, and last `plate.json`: it is finished
+    performance.html               Dask's report of the last conversion, if it was asked for
     lock
 
 Plates come and go without touching each other.
@@ -19,7 +20,7 @@ from typing import Any
 from cellhpc.ledger import digest, read_json
 
 STORE, ARRAYS, PLATES, PLATE, LOCK = "store.json", "tiles.zarr", "plates", "plate.json", "lock"
-TILES, FIELDS = "tiles.parquet", "fields.parquet"
+TILES, FIELDS, PERFORMANCE = "tiles.parquet", "fields.parquet", "performance.html"
 
 
 def is_store(folder: Path) -> bool:

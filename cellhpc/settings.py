@@ -240,6 +240,12 @@ class ConvertSettings(Settings):
     archive_pixel_um: float | None = Field(None, gt=0)
     """Side of a pixel in micrometres, for the archive: the screens' tables do not tell it."""
 
+    dashboard: bool = False
+    """Serve Dask's dashboard while fields are converted, on the loopback interface: whoever is logged in on that host
+    can look at it. Its address is told when it begins."""
+    performance_report: bool = False
+    """Leave Dask's report of where the time went in the store, `performance.html`; the last call's, of its rank 0."""
+
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:
         for key in ("zscore_range", "percentiles"):

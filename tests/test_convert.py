@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,31 @@ def test_worker_processes_end_with_the_conversion_and_with_its_faults(
     with pytest.raises(DataError, match=r"01_dna.tif: truncated"):
         convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "store"), workers=1)
     wait_until_gone([process for process in children(os.getpid()) if process not in before and is_worker(process)])
+
+
+def test_the_dashboard_can_be_looked_at_on_loopback_and_its_report_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(convert_module, "_cluster", WORKERS)
+    screen = make_screen(tmp_path / "raw", plates=1)
+    settings = ConvertSettings(shard_fields=2, dashboard=True, performance_report=True)
+    pages: list[str] = []
+
+    def look() -> bool:
+        told = re.search(r"Dask's dashboard: (\S+)", capsys.readouterr().err)
+        if told and not pages:
+            assert told[1].startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(told[1], timeout=20) as page:  # noqa: S310
+                pages.append(page.read().decode())
+        return False
+
+    convert(plan_conversion(settings, screen, (16,), tmp_path / "store"), workers=1, stop=look)
+    assert "Task Stream" in pages[0]
+    report = (tmp_path / "store" / "performance.html").read_text()
+    assert "Dask Performance Report" in report
+    assert "count_pixels" in report  # each task is in it
+    assert "convert_shard" in report
+    assert not re.findall(r"<script[^>]+src=|<link[^>]+stylesheet", report)  # nothing is fetched from elsewhere
 
 
 def is_worker(process: int) -> bool:

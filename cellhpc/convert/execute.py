@@ -8,6 +8,7 @@ A plate's `plate.json` comes last: without it the plate is not there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,14 +22,14 @@ from cellhpc.convert import archiving
 from cellhpc.convert.bases import bad_stay_bad, find_bases, read_basis
 from cellhpc.convert.plan import ConversionPlan, Plate, Task
 from cellhpc.convert.planning import recorded_identity, refuse_other_store
-from cellhpc.convert.running import Stop, reading, run_jobs
+from cellhpc.convert.running import Stop, reading, reported, run_jobs
 from cellhpc.convert.tables import write_tables
 from cellhpc.convert.tasks import Basis, Recipe, convert_shard, problem_text, read_marker, shard_name
 from cellhpc.convert.workers import cluster as _cluster
 from cellhpc.convert.workers import cores, release
 from cellhpc.errors import DataError
 from cellhpc.ledger import digest, held, write_json, write_text
-from cellhpc.record import ARRAYS, LOCK, PLATE, PLATES, STORE, plate_folder
+from cellhpc.record import ARRAYS, LOCK, PERFORMANCE, PLATE, PLATES, STORE, plate_folder
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,7 +41,6 @@ def convert(
     plan: ConversionPlan,
     workers: int | None = None,
     stop: Stop = lambda: False,
-    dashboard: bool = False,
 ) -> None:
     """Carry out what is missing of a conversion; plates that are finished are left alone.
 
@@ -57,8 +57,6 @@ def convert(
         Processes of this rank; by default as many as there are cores for us, and never more than tasks.
     stop
         Asked about twice a second; once it says true, the conversion stops.
-    dashboard
-        Serve Dask's dashboard on the loopback interface, if Bokeh is installed.
 
     Raises
     ------
@@ -74,12 +72,12 @@ def convert(
     """
     try:
         if not plan.is_finished:
-            _convert(plan, workers, stop, dashboard)
+            _convert(plan, workers, stop)
     finally:
         release()
 
 
-def _convert(plan: ConversionPlan, workers: int | None, stop: Stop, dashboard: bool) -> None:
+def _convert(plan: ConversionPlan, workers: int | None, stop: Stop) -> None:
     with _locked(plan.store), archiving.locked(plan):
         _claim(plan)
         plates = plan.unfinished()
@@ -92,7 +90,7 @@ def _convert(plan: ConversionPlan, workers: int | None, stop: Stop, dashboard: b
         problems: list[str] = []
         lost: dict[str, list[str]] = {}
         if jobs:
-            with _cluster(min(workers or cores(), jobs), dashboard) as client:
+            with _cluster(min(workers or cores(), jobs), plan.settings.dashboard) as client, _reported(plan, client):
                 problems = find_bases(plan, looks, client, stop)
                 problems += _convert_tasks(plan, plates, client, stop)
                 _write_tables(plan)
@@ -100,6 +98,12 @@ def _convert(plan: ConversionPlan, workers: int | None, stop: Stop, dashboard: b
         archiving.finish_plates(plan, lost)
         _refuse(plan, problems)
         archiving.refuse_lost(plan, lost)
+
+
+def _reported(plan: ConversionPlan, client: Client) -> AbstractContextManager[None]:
+    if not plan.settings.performance_report:
+        return contextlib.nullcontext()
+    return reported(client, plan.store / PERFORMANCE)
 
 
 def _write_tables(plan: ConversionPlan) -> None:

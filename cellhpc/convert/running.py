@@ -8,11 +8,13 @@ import itertools
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellhpc.convert.plan import FieldSource
 from cellhpc.convert.workers import present, ranks
 from cellhpc.errors import UserError
+from cellhpc.ledger import replacing
 from cellhpc.progress import progress
 
 if TYPE_CHECKING:
@@ -107,6 +109,20 @@ def _result(fetched: Any) -> Any:
             "Give them more memory and type the same command: what is done stays done. Or begin a new study.folder "
             "with a smaller convert.shard_fields."
         ) from None
+
+
+@contextlib.contextmanager
+def reported(client: Client, path: Path) -> Iterator[None]:
+    """Write Dask's report of what its processes do in the block, a page that needs nothing else, if it ends well."""
+    from distributed import performance_report
+
+    with client.as_current():
+        report = performance_report(mode="inline")
+        report.__enter__()
+        yield
+        with replacing(path) as temporary:
+            report.filename = str(temporary)
+            report.__exit__(None, None, None)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -68,7 +67,7 @@ def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
     workers
         Worker processes of this rank, each of one thread.
     dashboard
-        Serve Dask's dashboard on the loopback interface, if Bokeh is installed.
+        Serve Dask's dashboard on the loopback interface.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -90,7 +89,7 @@ def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
         try:
             here.sync(crew.start)
             with Client(here, security=security, set_as_default=False) as client, _door(here, security):
-                if dashboard and importlib.util.find_spec("bokeh"):
+                if dashboard:
                     print(f"Dask's dashboard: {client.dashboard_link}", file=sys.stderr)
                 yield client
         finally:
