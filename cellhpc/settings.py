@@ -62,6 +62,9 @@ class ScreenBase(Settings):
     """Folder of the pictures."""
     tables: UserPath | None = None
     """Folder of the screen's tables, when it is not `path`."""
+    outside: bool = False
+    """Let the tables name pictures outside of `path`, by absolute paths or by `..`; a table of somebody else could name
+    any file that you can read."""
     compounds: tuple[str, ...] = ()
     """Keep only these compounds; empty keeps all."""
     drop_compounds: tuple[str, ...] = ()

@@ -25,14 +25,15 @@ class Presence:
     lines: tuple[str, ...]
 
 
-def tidy_path(path: str) -> str | None:
-    """Normalise a path relative to the pictures' folder, with "/"; None when it is empty or leads outside.
+def tidy_path(path: str, outside: bool = False) -> str | None:
+    """Normalise a path relative to the pictures' folder, with "/"; None when it is empty, or leads out and may not.
 
     Tables made under Windows have backslashes, which are read as separators.
     """
     normal = posixpath.normpath(path.replace("\\", "/")) if path else ".."
-    outside = normal in (".", "..") or normal.startswith(("/", "../")) or re.match(r"[A-Za-z]:", normal)
-    return None if outside else normal
+    leads_out = normal.startswith(("/", "../"))
+    refused = normal in (".", "..") or re.match(r"[A-Za-z]:", normal) or (leads_out and not outside)
+    return None if refused else normal
 
 
 def look_for(root: Path, paths: Iterable[str]) -> Presence:

@@ -186,7 +186,7 @@ def assemble(
     files = [f"file_{channel}" for channel in channels]
     fields = draft.assign(unit=unit)
     found = [*problems, *_check_names(fields), *_check_repeats(fields)]
-    paths, bad_paths = _tidy_paths(fields, files)
+    paths, bad_paths = _tidy_paths(fields, files, settings.outside)
     fields = fields.assign(**paths)
     found += [*bad_paths, *_check_files(fields, files)]
 
@@ -286,17 +286,19 @@ def _check_repeats(fields: pd.DataFrame) -> list[str]:
     ]
 
 
-def _tidy_paths(fields: pd.DataFrame, files: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def _tidy_paths(fields: pd.DataFrame, files: Sequence[str], outside: bool) -> tuple[dict[str, list[str]], list[str]]:
     """Normalised paths by column ("" for those that are refused), and the problems found."""
     tidy: dict[str, list[str]] = {}
     problems: dict[str, None] = {}
     for column in files:
-        paths = [tidy_path(path) for path in fields[column]]
+        paths = [tidy_path(path, outside) for path in fields[column]]
         for where, path, normal in zip(fields.index, fields[column], paths, strict=True):
             if not path:
                 problems[f"{where}: no picture is named for channel {column.removeprefix('file_')}"] = None
             elif normal is None:
-                problems[f"{where}: the picture {path!r} lies outside of screen.path"] = None
+                problems[
+                    f"{where}: the picture {path!r} lies outside of screen.path (screen.outside = true would allow it)"
+                ] = None
         tidy[column] = [path or "" for path in paths]
     return tidy, list(problems)
 

@@ -214,7 +214,24 @@ def test_a_bad_cell_is_told_with_its_row(tmp_path: Path, row: int, text: str, ex
 @pytest.mark.parametrize("name", ["/etc/passwd", "C:\\data\\a.tif", "..\\a.tif", "x/../../a.tif"])
 def test_a_picture_outside_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     screen = read(tmp_path, *changed(1, f"P1,B03,1,taxol,0.3,tubulin,{name}"), files={"all": "{File}"})
-    assert f"fields.csv row 3: the picture {name!r} lies outside of screen.path" in screen.problems
+    assert (
+        f"fields.csv row 3: the picture {name!r} lies outside of screen.path (screen.outside = true would allow it)"
+        in screen.problems
+    )
+
+
+def test_a_picture_outside_of_the_folder_is_found_where_the_job_file_allows_it(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.tif", "in/b.tif", "c.tif"):
+        (tmp_path / name).write_bytes(b"not looked into")
+    table = "\n".join(["Plate,Well,Drug,File", f"P1,B02,a,{tmp_path}/a.tif", "P1,B03,b,b.tif", "P1,B04,c,../c.tif", ""])
+    (tmp_path / "in/fields.csv").write_text(table)
+    columns = {"plate": "Plate", "well": "Well", "compound": "Drug"}
+    how = settings(tmp_path / "in", columns=columns, channels=("dna",), files={"all": "{File}"}, outside=True)
+    screen = read_screen(how)
+    assert screen.problems == ()
+    assert screen.pictures_missing == 0
+    assert screen.fields["file_dna"].tolist() == [f"{tmp_path}/a.tif", "b.tif", "../c.tif"]
 
 
 def test_a_label_that_is_not_allowed_is_told_with_those_that_are(tmp_path: Path) -> None:
