@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -117,6 +118,9 @@ def _explain(root: type[Settings], error: Any, document: dict[str, Any], source:
             key = error["ctx"]["discriminator"].strip("'")
             found = document.get(location[0], {}).get(key, "nothing")
             return f"{where}{key} is {found!r}. Allowed: {', '.join(map(repr, _tags(root, location[0])))}."
+        case "tuple_type":
+            found = error["input"]
+            return f"{where}found {found!r}. A list is wanted, in square brackets: [{json.dumps(found, default=str)}]."
         case _:
             found = "" if isinstance(error["input"], dict | BaseModel) else f"found {error['input']!r}. "
             message = error["msg"].removeprefix("Value error, ")

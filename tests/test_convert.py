@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import pandas as pd
 import pytest
 import tifffile
 import zarr
-from distributed import Client, LocalCluster
 from PIL import Image
 
 from cellhpc.convert import convert, plan_conversion, planning, tasks
@@ -31,6 +28,7 @@ from cellhpc.pixels import read_field
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
 from cellhpc.tiles import Store
+from tests import one_process
 
 SIZE = (64, 80)
 CHANNELS = ("dna", "tubulin", "actin")
@@ -40,18 +38,7 @@ WORKERS = convert_module._cluster  # the real one, with processes
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tests that are not about processes have a cluster that starts at once."""
-
-    @contextlib.contextmanager
-    def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
-        with (
-            LocalCluster(
-                n_workers=1, threads_per_worker=workers, processes=False, dashboard_address=None, protocol="inproc://"
-            ) as here,
-            Client(here) as client,
-        ):
-            yield client
-
-    monkeypatch.setattr(convert_module, "_cluster", cluster)
+    monkeypatch.setattr(convert_module, "_cluster", one_process.cluster)
 
 
 def pixels(seed: int) -> np.ndarray:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster
 from PIL import Image
 
 from cellhpc.aggregate import aggregate
@@ -24,6 +22,7 @@ from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
 from cellhpc.sheet import channel_colours
 from cellhpc.tiles import Store
+from tests import one_process
 from tests.conftest import Cellhpc
 from tests.made_up import make_study
 from tests.small import tiles as made_up_tiles
@@ -34,17 +33,6 @@ CONTROLS = (100, 200, 300, 500, 700, 900, 1100, 1300)
 """Brightness of the fields of the controls: of all kinds, so that no field stands out by its own."""
 COMPOUNDS = {"B03": ("one", "A"), "C05": ("two", "B"), "G11": ("three/and more", "B")}
 """Compound and label of each well: in the first, the first channel is bright, and so on."""
-
-
-@contextlib.contextmanager
-def in_this_process(workers: int, dashboard: bool = False) -> Iterator[Client]:
-    """A cluster that starts at once."""
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=workers, processes=False, dashboard_address=None,
-                     protocol="inproc://") as here,
-        Client(here) as client,
-    ):  # fmt: skip
-        yield client
 
 
 def make_store(root: Path, channels: Sequence[str] = CHANNELS, wells: Sequence[str] = tuple(COMPOUNDS)) -> Store:
@@ -83,7 +71,7 @@ def make_store(root: Path, channels: Sequence[str] = CHANNELS, wells: Sequence[s
     screen = Screen(pd.DataFrame(rows), tuple(channels), root)
     plan = plan_conversion(settings, screen, (16, 32), root / "store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_module, "_cluster", in_this_process)
+        patch.setattr(convert_module, "_cluster", one_process.cluster)
         convert(plan, workers=1)
     return Store.open(plan.store)
 
