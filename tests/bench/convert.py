@@ -7,8 +7,15 @@ One table, in MB/s of raw pixels (the files' bytes, each field counted once; the
 - cellhpc: this conversion, from the command's plan to the finished store
 - dask: the transform of the paper with dask.array and `to_zarr`, as a user would write it first
 
-Then Zarr's own sharded write with and without the `zarrs` codec pipeline, if that is installed. ``--plates 1,4,16``
-asks how time and the scheduler's memory grow instead. ``--fields N`` treatment fields a plate (60, with 24 of DMSO).
+Then what the archive costs beside, in MB/s of the pixels that it holds:
+
+- codec: compression of the fields from memory alone, in two processes
+- added: the archive in the same pass, from the seconds that it adds to the conversion
+- alone: the archive of a store that is there, reading every file again
+- ome-zarr-py: the same fields written by OME's own library in two processes, as its documentation does, no pyramid
+
+And Zarr's own sharded write with and without the `zarrs` codec pipeline. ``--plates 1,4,16`` asks how time and the
+scheduler's memory grow instead. ``--fields N`` treatment fields a plate (300 by default, with 24 of DMSO).
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ import concurrent.futures
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,8 +93,8 @@ def make_plates(root: Path, plates: int, fields: int) -> Screen:
     return Screen(pd.DataFrame(rows), CHANNELS, root)
 
 
-def plan_of(screen: Screen, store: Path) -> ConversionPlan:
-    return plan_conversion(ConvertSettings(), screen, (TILE_PX,), store)
+def plan_of(screen: Screen, store: Path, archive: Path | None = None) -> ConversionPlan:
+    return plan_conversion(ConvertSettings(archive=archive), screen, (TILE_PX,), store)
 
 
 # ---- the floor and the hand-written loop; each process takes every other field
@@ -167,6 +175,64 @@ def anscombe_dask(fields: Any) -> Any:
     return fields.map_blocks(anscombe, dtype=np.float64)
 
 
+# ---- the archive
+
+
+def compress_all(plan: ConversionPlan, pictures: list[np.ndarray], rank: int) -> None:
+    """Compress as many fields as there are with the archive's codec, and keep nothing."""
+    from numcodecs import Blosc
+
+    codec = Blosc("zstd", 1, Blosc.BITSHUFFLE)
+    sources = [source for plate in plan.plates for source in plate.sources]
+    for number, _ in enumerate(sources[rank::WORKERS]):
+        for plane in pictures[number % len(pictures)]:
+            codec.encode(np.ascontiguousarray(plane))
+
+
+def ome_zarr_all(plan: ConversionPlan, folder: Path, rank: int) -> None:
+    """Write plates as ome-zarr-py's documentation does: a group a well, an image a field."""
+    from ome_zarr.writer import write_image, write_plate_metadata, write_well_metadata
+
+    for plate in plan.plates:
+        root = zarr.open_group(folder / f"{plate.name}-{rank}.zarr", mode="w", zarr_format=3)
+        sources = plate.sources[rank::WORKERS]
+        wells: dict[str, list[Any]] = {}
+        for source in sources:
+            wells.setdefault(source.well, []).append(source)
+        paths = {well: f"{well[0]}/{int(well[1:])}" for well in wells}
+        rows, columns = sorted({well[0] for well in wells}), sorted({str(int(well[1:])) for well in wells})
+        write_plate_metadata(root, rows, columns, list(paths.values()))
+        for well, fields in wells.items():
+            group = root.require_group(paths[well])
+            write_well_metadata(group, [str(source.field) for source in fields])
+            for source in fields:
+                image = group.require_group(str(source.field))
+                pixels = np.moveaxis(read_field(plan.root, source.files, plan.format), -1, 0)
+                write_image(pixels, image, axes="cyx", scaler=None)
+
+
+def compare_archive(top: Path, screen: Screen, plan: ConversionPlan, without_s: float) -> dict[str, Any]:
+    """What the archive costs; `without_s` is what the conversion takes that writes none."""
+    pictures = [np.moveaxis(read_field(plan.root, source.files, plan.format), -1, 0) for source in plan.tasks[0].fields]
+    fields = sum(len(plate.sources) for plate in plan.plates)
+    archived_mb = fields * pictures[0].nbytes / 1e6
+    seconds = {"codec": timed(lambda: in_two(compress_all, plan, pictures[:4]))}
+    with_it = plan_of(screen, top / "store-2", archive=top / "archive")
+    with Memory() as memory:
+        seconds["added"] = timed(lambda: convert(with_it, workers=WORKERS)) - without_s
+    shutil.rmtree(top / "archive")
+    seconds["alone"] = timed(lambda: convert(plan_of(screen, top / "store-2", archive=top / "archive"), WORKERS))
+    on_disk_mb = sum(path.stat().st_size for path in (top / "archive").rglob("*") if path.is_file()) / 1e6
+    shutil.rmtree(top / "archive")
+    seconds["ome-zarr-py"] = timed(lambda: in_two(ome_zarr_all, plan, top / "ome-zarr-py"))
+    print(f"archive of {fields} fields, {archived_mb:,.0f} MB of pixels in {on_disk_mb:,.0f} MB on the disk")
+    print(f"{'':12} {'seconds':>8} {'MB/s':>7} {'of the codec':>13}")
+    for name, spent in seconds.items():
+        print(f"{name:12} {spent:8.1f} {archived_mb / spent:7,.0f} {seconds['codec'] / spent:12.0%}")
+    print(f"a worker held {memory.worker_mb:,.0f} MB at most; the plan said {with_it.worker_bytes / 1e6:,.0f} MB")
+    return {"seconds": seconds, "of_the_codec": seconds["codec"] / seconds["added"], "worker_mb": memory.worker_mb}
+
+
 # ---- Zarr's own writing
 
 
@@ -237,18 +303,18 @@ def compare(top: Path, fields: int) -> dict[str, Any]:
     for name, spent in seconds.items():
         print(f"{name:10} {spent:8.1f} {raw_mb / spent:7,.0f} {seconds['loop'] / spent:11.0%}")
     print(f"a worker held {memory.worker_mb:,.0f} MB at most; the plan said {plan.worker_bytes / 1e6:,.0f} MB")
-    writes = {"zarr": zarr_write(top / "zarr", None)}
-    try:
-        import zarrs  # noqa: F401
+    archive = compare_archive(top, screen, plan, seconds["cellhpc"])
+    import zarrs  # noqa: F401 - registers its pipeline
 
-        writes["zarrs"] = zarr_write(top / "zarrs", "zarrs.ZarrsCodecPipeline")
-    except ImportError:
-        print("zarrs is not installed: only Zarr's own pipeline was measured")
+    writes = {
+        "zarr": zarr_write(top / "zarr", None),
+        "zarrs": zarr_write(top / "zarrs", "zarrs.ZarrsCodecPipeline"),
+    }
     for name, speed in writes.items():
         print(f"sharded write by {name}: {speed:,.0f} MB/s of tiles")
     return {"raw_mb": raw_mb, "seconds": seconds, "mb_per_s": {name: raw_mb / spent for name, spent in seconds.items()},
             "of_the_loop": seconds["loop"] / seconds["cellhpc"], "times_dask": seconds["dask"] / seconds["cellhpc"],
-            "worker_mb": memory.worker_mb, "sharded_write_mb_per_s": writes}  # fmt: skip
+            "worker_mb": memory.worker_mb, "archive": archive, "sharded_write_mb_per_s": writes}  # fmt: skip
 
 
 def grow(top: Path, plates: list[int], fields: int) -> dict[str, Any]:
@@ -280,7 +346,7 @@ def convert_here(raw: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plates", type=lambda text: [int(word) for word in text.split(",")])
-    parser.add_argument("--fields", type=int, default=60)
+    parser.add_argument("--fields", type=int, default=300)
     parser.add_argument("--convert", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.convert:
