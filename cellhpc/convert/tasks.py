@@ -238,10 +238,14 @@ def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, An
     pixels = read_field(recipe.root, source.files, recipe.format)
     if file_state(recipe.root, source.files) != before:
         raise BadField(f"{source.files[0]}: changed while it was read")
-    black = [name for channel, name in enumerate(source.files) if not pixels[..., channel].any()]
+    black = [name for channel, name in enumerate(source.files) if _is_black(pixels[..., channel])]
     if black:  # no camera gives that
         raise BadField(f"{', '.join(dict.fromkeys(black))}: every pixel of a channel is 0")
     return pixels, {**_record(source), "bytes": before[0], "modified_ns": before[1]}
+
+
+def _is_black(plane: np.ndarray) -> bool:
+    return not plane[::16].any() and not plane.any()  # few rows are enough to see that it is not
 
 
 def _archive(
