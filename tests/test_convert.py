@@ -25,6 +25,7 @@ from cellhpc.convert import execute as convert_module
 from cellhpc.correct import TileRecipe, cut_tiles, histograms, plate_statistics
 from cellhpc.errors import DataError, UsageError, UserError
 from cellhpc.pixels import read_field
+from cellhpc.record import finished_plates
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
 from cellhpc.tiles import Store
@@ -250,6 +251,32 @@ def test_killed_in_the_middle_and_continued_is_byte_identical(tmp_path: Path, ho
     convert(plan_conversion(settings, screen, (16, 24), tmp_path / "killed"), workers=2)
     assert {path: path.stat().st_mtime_ns for path in finished} == before
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_ends_it_with_that_reason_and_the_rest_is_byte_identical(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("a small disk is mounted, which only root may do")
+    screen = make_screen(tmp_path / "raw", plates=2, fields=10)
+    settings = ConvertSettings(shard_fields=1)
+    convert(plan_conversion(settings, screen, (16, 24), tmp_path / "whole"), workers=2)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", str(disk)], check=True)
+    try:
+        plan = plan_conversion(settings, screen, (16, 24), disk / "store")  # which fits: then others fill the disk
+        others = disk / "others"
+        free = shutil.disk_usage(disk).free
+        others.write_bytes(bytes(free - 200_000))
+        with pytest.raises(UserError, match="No space left on device"):
+            convert(plan, workers=2)
+        done = [path.name for path in (disk / "store/plates").glob("P?/000*.json")]
+        assert 0 < len(done) < 20
+        assert finished_plates(disk / "store") == []
+        others.unlink()
+        convert(plan_conversion(settings, screen, (16, 24), disk / "store"), workers=2)
+        assert contents(disk / "store") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def children(process: int) -> list[int]:
