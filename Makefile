@@ -14,7 +14,7 @@ env: .venv/.locked  ## the locked environment, in .venv
 
 .venv/.locked: pyproject.toml uv.lock
 	@$(MAKE) --no-print-directory machine .uv/bin/uv
-	.uv/bin/uv sync --locked --python "$(PYTHON)" --extra cpu --extra horovod
+	.uv/bin/uv sync --locked --compile-bytecode --python "$(PYTHON)" --extra cpu --extra horovod
 	@touch $@
 
 .uv/bin/uv:
