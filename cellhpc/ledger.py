@@ -142,7 +142,10 @@ def held(lock: Path, where: str, taken: str) -> Iterator[None]:
 @functools.cache
 def provenance() -> dict[str, Any]:
     """Versions, host, commit and image that a result is made with; as they were when a process first asked."""
-    packages = ("cellhpc", "tensorflow-cpu", "tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "scikit-learn")
+    packages = (
+        "cellhpc", "tensorflow-cpu", "tensorflow", "keras", "horovod", "numpy", "zarr", "dask", "scikit-learn",
+        "opencv-python-headless", "tifffile", "imagecodecs", "pillow",
+    )  # fmt: skip
     versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
