@@ -9,7 +9,7 @@ from distributed import Client, LocalCluster
 
 
 @contextlib.contextmanager
-def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
+def cluster(workers: int, dashboard: bool = False, profile: bool = False) -> Iterator[Client]:
     """Stand in for `cellhpc.convert.workers.cluster`."""
     with (
         LocalCluster(

@@ -90,7 +90,8 @@ def _convert(plan: ConversionPlan, workers: int | None, stop: Stop) -> None:
         problems: list[str] = []
         lost: dict[str, list[str]] = {}
         if jobs:
-            with _cluster(min(workers or cores(), jobs), plan.settings.dashboard) as client, _reported(plan, client):
+            watched = plan.settings.dashboard, plan.settings.dashboard or plan.settings.performance_report
+            with _cluster(min(workers or cores(), jobs), *watched) as client, _reported(plan, client):
                 problems = find_bases(plan, looks, client, stop)
                 problems += _convert_tasks(plan, plates, client, stop)
                 _write_tables(plan)

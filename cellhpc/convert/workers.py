@@ -46,6 +46,7 @@ _SETTINGS: dict[str, Any] = {
     # What the processes serve by HTTP (facts about tasks, metrics) has no password: nothing of it is served.
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
+    "distributed.worker.profile.enabled": False,  # a hundred looks a second at what each worker does
 }
 
 
@@ -57,7 +58,7 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
+def cluster(workers: int, dashboard: bool = False, profile: bool = False) -> Iterator[Client]:
     """Start a scheduler and this process's workers; they end with the block, or with this process.
 
     With several ranks in the environment, the other ranks' workers come when they are ready; the block doesn't wait.
@@ -68,6 +69,8 @@ def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
         Worker processes of this rank, each of one thread.
     dashboard
         Serve Dask's dashboard on the loopback interface.
+    profile
+        Look at what this rank's workers do all the time, for the dashboard or a report.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -75,6 +78,7 @@ def cluster(workers: int, dashboard: bool = False) -> Iterator[Client]:
 
     security = Security.temporary()
     settings = {key: value for key, value in _SETTINGS.items() if not (dashboard and "scheduler" in key)}
+    settings["distributed.worker.profile.enabled"] = profile
     with dask.config.set(settings):
         here = LocalCluster(
             n_workers=0,
