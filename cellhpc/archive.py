@@ -226,19 +226,19 @@ def _encode(archive: Archive, planes: np.ndarray) -> dict[str, np.ndarray]:
     chunk = [math.ceil(size / count) for size, count in zip(planes.shape[1:], counts, strict=True)]
     compressor = CODECS[archive.codec]
     # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
-    with zarr.config.set({"threading.max_workers": 1, "array.write_empty_chunks": True}):
-        array = zarr.create_array(
-            zarr.storage.MemoryStore(memory),
-            shape=planes.shape,
-            chunks=(1, *chunk),
-            shards=(len(planes), *(count * size for count, size in zip(counts, chunk, strict=True))),
-            dtype=planes.dtype,
-            fill_value=0,
-            compressors=[*([compressor] if compressor else []), zarr.codecs.Crc32cCodec()],  # every reader checks it
-            chunk_key_encoding={"name": "default", "separator": "."},  # one file, and no folder for each axis
-            dimension_names=("c", "y", "x"),
-        )
-        array[...] = planes
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(memory),
+        shape=planes.shape,
+        chunks=(1, *chunk),
+        shards=(len(planes), *(count * size for count, size in zip(counts, chunk, strict=True))),
+        dtype=planes.dtype,
+        fill_value=0,
+        compressors=[*([compressor] if compressor else []), zarr.codecs.Crc32cCodec()],  # every reader checks it
+        chunk_key_encoding={"name": "default", "separator": "."},  # one file, and no folder for each axis
+        dimension_names=("c", "y", "x"),
+        config={"write_empty_chunks": True},
+    )
+    array[...] = planes
     return {name: buffer.as_numpy_array() for name, buffer in memory.items()}
 
 

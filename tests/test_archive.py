@@ -22,6 +22,7 @@ import zarr
 
 from cellhpc.archive import Archive, write_field
 from cellhpc.convert import ConversionPlan, archiving, convert, plan_conversion, tasks
+from cellhpc.convert.plan import THREADS
 from cellhpc.errors import DataError, UsageError, UserError
 from cellhpc.ome import image_metadata, place, plate_metadata, well_path
 from cellhpc.pixels import FieldFormat, read_field
@@ -107,7 +108,7 @@ def test_the_plan_tells_of_it(tmp_path: Path) -> None:
     wanted = plan(screen, tmp_path)
     assert f"archive 14 fields as they are in {tmp_path}/archive\n" in wanted.render()
     assert "about 253 kB, at most 430 kB, in 55 files" in wanted.render()
-    assert wanted.worker_bytes - without.worker_bytes == 2 * 64 * 80 * 3 * 2
+    assert wanted.worker_bytes - without.worker_bytes == THREADS * 2 * 64 * 80 * 3 * 2
     assert not (tmp_path / "archive").exists()
     convert(wanted)
     assert "archive (2 plates are there)" in wanted.render()

@@ -24,6 +24,8 @@ from cellhpc.pixels import FieldFormat, file_bytes
 from cellhpc.record import content_digest, read_plate
 from cellhpc.settings import ConvertSettings
 
+THREADS = 2
+"""Tasks that a worker process has in hand: while one waits for the disk, another one works."""
 WORKER_BYTES = 300e6
 """What a worker process needs besides its blocks: interpreter and libraries, measured by tests/bench/convert.py."""
 
@@ -254,12 +256,13 @@ class ConversionPlan:
 
     @property
     def worker_bytes(self) -> int:
-        """About what a worker process holds at most: itself, a field with its grey levels, and its shards twice."""
+        """About what a worker process holds at most: itself; of each task a field in grey levels, its shards twice."""
         pixels = self.format.height * self.format.width
         field = pixels * len(self.channels) * (2 if self.format.dtype == "uint8" else 4)
         gains = 2 * pixels * len(self.channels) * 4 if self.settings.illumination != "none" else 0
         archived = 2 * self.archive.field_bytes if self.archive else 0
-        return int(WORKER_BYTES + field + gains + archived + 2 * self.settings.shard_fields * self.field_bytes_out)
+        task = field + gains + archived + 2 * self.settings.shard_fields * self.field_bytes_out
+        return int(WORKER_BYTES + THREADS * task)
 
     def render(self) -> str:
         """Tell the plan in a few lines, for `--dry-run`."""

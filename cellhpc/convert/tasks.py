@@ -101,7 +101,7 @@ def count_pixels(
     records
         One for each field, in order: its quality, or why it is bad.
     """
-    cv2.setNumThreads(1)  # the workers share the cores among them
+    _leave_cores_to_others()
     total, records = None, []
     for source in sources:
         try:
@@ -138,7 +138,7 @@ def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[
     UserError
         The store can't be written.
     """
-    cv2.setNumThreads(1)
+    _leave_cores_to_others()
     how = recipe.tiles
     per_field = how.grid[0] * how.grid[1]
     channels = len(task.fields[0].files)
@@ -244,6 +244,12 @@ def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, An
     return pixels, {**_record(source), "bytes": before[0], "modified_ns": before[1]}
 
 
+def _leave_cores_to_others() -> None:
+    """Have one thread for each task: there is a worker for each core."""
+    cv2.setNumThreads(1)
+    zarr.config.set({"threading.max_workers": 1})
+
+
 def _is_black(plane: np.ndarray) -> bool:
     return not plane[::16].any() and not plane.any()  # few rows are enough to see that it is not
 
@@ -293,10 +299,9 @@ def _write(
         for leftover in folder.glob(f"c.{task.shard}.*"):
             leftover.unlink()
         # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
-        with zarr.config.set({"threading.max_workers": 1, "array.write_empty_chunks": True}):
-            array = zarr.open_array(folder, mode="r+")
-            first = task.shard * recipe.shard_fields * recipe.tiles.grid[0] * recipe.tiles.grid[1]
-            array[first : first + len(block)] = block
+        array = zarr.open_array(folder, mode="r+").with_config({"write_empty_chunks": True})
+        first = task.shard * recipe.shard_fields * recipe.tiles.grid[0] * recipe.tiles.grid[1]
+        array[first : first + len(block)] = block
         shard = folder / f"c.{task.shard}.0.0.0"
         shards[str(shard.relative_to(recipe.store / ARRAYS))] = _flush(shard)
     document = {"digest": task.digest, "basis": basis.record(), "shards": shards, "fields": records}
