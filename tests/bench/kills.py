@@ -37,10 +37,16 @@ def convert_here(raw: Path, store: Path) -> None:
     convert(plan_conversion(settings, screen, (16, 24), store), workers=2)
 
 
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
+
+
 def kill(process: subprocess.Popen[bytes], target: str, draw: random.Random) -> None:
     """Kill -9 a part of a conversion."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if child.is_running() and "spawn_main" in " ".join(child.cmdline())]
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
     if target == "a worker" and workers:
         draw.choice(workers).kill()
     elif target == "command":
