@@ -44,15 +44,17 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def kill(process: subprocess.Popen[bytes], target: str, draw: random.Random) -> None:
-    """Kill -9 a part of a conversion."""
+def kill(process: subprocess.Popen[bytes], target: str, draw: random.Random) -> str:
+    """Kill -9 a part of a conversion; returns what was killed: all of it, where there is no worker yet."""
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
     if target == "a worker" and workers:
         draw.choice(workers).kill()
     elif target == "command":
         process.kill()
     else:
+        target = "all"
         os.killpg(process.pid, signal.SIGKILL)
+    return target
 
 
 def main() -> None:
@@ -83,8 +85,7 @@ def main() -> None:
                     process.wait(timeout=draw.uniform(1.0, 1.5 * seconds + 2.0))
                     break  # done, or it gave up, which the comparison below shows
                 except subprocess.TimeoutExpired:
-                    target = draw.choice(TARGETS)
-                    kill(process, target, draw)
+                    target = kill(process, draw.choice(TARGETS), draw)
                     killed[target] += 1
                 if target == "a worker":  # the conversion goes on by itself
                     process.wait()
