@@ -82,7 +82,7 @@ def main() -> None:
                 words = [sys.executable, __file__, "--convert", str(top / "raw"), str(store)]
                 process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
                 try:
-                    process.wait(timeout=draw.uniform(1.0, 1.5 * seconds + 2.0))
+                    process.wait(timeout=draw.uniform(1.0, seconds))
                     break  # done, or it gave up, which the comparison below shows
                 except subprocess.TimeoutExpired:
                     target = kill(process, draw.choice(TARGETS), draw)
