@@ -71,10 +71,11 @@ def main() -> None:
     stores = 0
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
-        make_screen(top / "raw", plates=2, fields=12).fields.to_parquet(top / "raw/fields.parquet")
+        make_screen(top / "raw", plates=2, fields=60).fields.to_parquet(top / "raw/fields.parquet")
         began = time.monotonic()
         convert_here(top / "raw", top / "whole")
         whole, seconds = contents(top / "whole"), time.monotonic() - began
+        print(f"undisturbed: {len(whole)} files in {seconds:.1f} s", flush=True)
         while sum(killed.values()) < given.kills:
             stores += 1
             store = top / f"store-{stores}"
