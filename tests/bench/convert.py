@@ -118,12 +118,14 @@ def read_all(plan: ConversionPlan, rank: int) -> None:
 
 
 def loop_dmso(plan: ConversionPlan, rank: int) -> dict[str, np.ndarray]:
-    return {
-        plate.name: sum(
-            histograms(read_field(plan.root, source.files, plan.format)) for source in plate.reference[rank::WORKERS]
-        )
-        for plate in plan.plates
-    }  # type: ignore[misc]
+    counts = {}
+    for plate in plan.plates:
+        counts[plate.name] = np.zeros((len(CHANNELS), 65536), np.int64)
+        for source in plate.reference[rank::WORKERS]:
+            pixels = read_field(plan.root, source.files, plan.format)
+            measure(pixels)
+            counts[plate.name] += histograms(pixels)
+    return counts
 
 
 def loop_tiles(plan: ConversionPlan, counts: dict[str, np.ndarray], folder: Path, rank: int) -> None:
