@@ -245,7 +245,7 @@ def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, An
 
 
 def _leave_cores_to_others() -> None:
-    """Have one thread for each task, which compresses all chunks of a shard in one go: there is a worker for each core."""
+    """Have one thread for each task, and compress the chunks of a shard in one go: there is a worker for each core."""
     cv2.setNumThreads(1)
     zarr.config.set({"threading.max_workers": 1, "codec_pipeline.batch_size": 64})
 
