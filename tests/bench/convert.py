@@ -59,14 +59,15 @@ CHANNELS = ("dna", "tubulin", "actin")
 DMSO_FIELDS = 24
 TILE_PX = 224
 WORKERS = 2
-PLATES, COPIED = 12, 4
+PLATES, COPIED = 12, 1
 REPEATS = 3
 
 
 def make_plates(root: Path, plates: int, fields: int, copied: int = 1000) -> Screen:
     """Write plates of 16-bit TIFFs: a few noisy pictures of cells, each under many names.
 
-    So many plates are `copied`; the others are hard links to their files, as no page cache holds 30 GB.
+    So many plates are `copied`; the others are hard links to their files: the page cache must hold what is read, or the
+    disk is measured.
     """
     root.mkdir(parents=True)
     random = np.random.default_rng(0)
