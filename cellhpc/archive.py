@@ -32,8 +32,9 @@ import zarr.storage
 from cellhpc.codecs import CODECS
 from cellhpc.errors import DataError, UserError
 from cellhpc.ledger import digest, read_json, replacing, write_json
-from cellhpc.ome import ROWS, Place, image_metadata, place, plate_metadata, well_metadata, well_path
+from cellhpc.ome import image_metadata, plate_metadata, well_metadata, well_path
 from cellhpc.pixels import FieldFormat
+from cellhpc.wells import ROWS, Place, place
 
 FORMAT = 1
 """Raised when the same settings give another archive."""

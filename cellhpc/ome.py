@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-VERSION = "0.5"
+from cellhpc.wells import ROWS, Place, plate_shape
 
-PLATE_SHAPES = ((8, 12), (16, 24), (32, 48))
-"""Rows and columns of the plates in use: 96, 384 and 1,536 wells."""
-ROWS = (*string.ascii_uppercase, *(f"A{letter}" for letter in "ABCDEF"))
+VERSION = "0.5"
 
 COLOURS = {"dna": "0000FF", "tubulin": "00FF00", "actin": "FF0000"}
 OTHER_COLOURS = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7")
 """For the colour-blind too (Okabe & Ito, Color Universal Design, 2008)."""
-
-Place = tuple[int, int]
-"""Row and column of a well, from 0."""
-
-
-def place(well: str) -> Place:
-    """Place of a well: B06 is (1, 5).
-
-    Raises
-    ------
-    ValueError
-        No plate of up to 1,536 wells has such a well.
-    """
-    match = re.fullmatch(r"([A-Z]{1,2})(\d{1,3})", well.upper())
-    if not match or match[1] not in ROWS or not 1 <= int(match[2]) <= PLATE_SHAPES[-1][1]:
-        raise ValueError(f"well {well!r} is none of A01 to {ROWS[-1]}{PLATE_SHAPES[-1][1]}")
-    return ROWS.index(match[1]), int(match[2]) - 1
 
 
 def well_path(at: Place) -> str:
@@ -42,9 +21,7 @@ def well_path(at: Place) -> str:
 
 def plate_metadata(name: str, places: Sequence[Place], fields: Mapping[Place, Sequence[int]]) -> dict[str, Any]:
     """Describe a plate, the smallest that has wells at all these `places`; `fields` are those of the wells in it."""
-    height, width = next(
-        shape for shape in PLATE_SHAPES if all(row < shape[0] and column < shape[1] for row, column in places)
-    )
+    height, width = plate_shape(places)
     plate = {
         "version": VERSION,
         "name": name,

@@ -7,7 +7,6 @@ a field that is dark beside the others looks dark.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
 
+from cellhpc import wells
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.figures import COLOURS, GREY, INK
 from cellhpc.ledger import write_table
@@ -26,8 +26,6 @@ from cellhpc.record import finished_plates, read_identity
 from cellhpc.sheet import LETTER_PX, Sheet, in_colour, resize
 from cellhpc.tiles import Store
 
-FORMATS = ((8, 12), (16, 24), (32, 48))
-"""Rows and columns of plates of 96, 384 and 1,536 wells."""
 PLATE_PX = 1440
 """Width of all wells together; a well has 120, 60 or 30 pixels."""
 LEFT_PX, TOP_PX, BELOW_PX = 52, 112, 60
@@ -42,28 +40,26 @@ Box = tuple[int, int, int]
 """Left and upper edge and side of a square, in pixels."""
 
 
-def place(well: str) -> tuple[int, int] | None:
-    """Row and column of a well from 0, as (1, 5) of B06 and (26, 0) of AA1; None of what is no name of a well."""
-    match = re.fullmatch(r"([A-Z]?)([A-Z])0*([1-9]\d?)", well.upper())
-    if match is None:
+def place(well: str) -> wells.Place | None:
+    """Row and column of a well from 0, as (1, 5) of B06 and (26, 0) of AA1; None of what no plate has."""
+    try:
+        return wells.place(well)
+    except ValueError:
         return None
-    before = 26 * (ord(match[1]) - ord("A") + 1) if match[1] else 0
-    return before + ord(match[2]) - ord("A"), int(match[3]) - 1
 
 
-def plate_format(wells: Sequence[str]) -> tuple[int, int]:
-    """Rows and columns of the smallest plate of `FORMATS` that holds these wells.
+def plate_format(names: Sequence[str]) -> tuple[int, int]:
+    """Rows and columns of the smallest plate that holds these wells.
 
     Raises
     ------
     DataError
         Wells have no place on any.
     """
-    for rows, columns in FORMATS:
-        lost = [well for well in wells if not ((at := place(well)) and at[0] < rows and at[1] < columns)]
-        if not lost:
-            return rows, columns
-    raise DataError(f"no plate of 96, 384 or 1,536 wells has {listing(lost)}; wells are named as B06 or AF48")
+    places = {name: place(name) for name in names}
+    if lost := [name for name, at in places.items() if at is None]:
+        raise DataError(f"no plate of 96, 384 or 1,536 wells has {listing(lost)}; wells are named as B06 or AF48")
+    return wells.plate_shape([at for at in places.values() if at])
 
 
 def well_box(row: int, column: int, columns: int) -> Box:
@@ -155,8 +151,9 @@ def _empty_plate(plate: str, rows: int, columns: int) -> Sheet:
     sheet = Sheet(LEFT_PX + PLATE_PX + 12, TOP_PX + rows * pitch + BELOW_PX)
     sheet.write(LEFT_PX, 40, f"Plate {plate}", 11, weight="bold")
     for row in range(rows):
-        name = ("A" if row > 25 else "") + chr(ord("A") + row % 26)
-        sheet.write(LEFT_PX - 12, TOP_PX + (row + 0.48) * pitch, name, points, ha="right", va="center_baseline")
+        sheet.write(
+            LEFT_PX - 12, TOP_PX + (row + 0.48) * pitch, wells.ROWS[row], points, ha="right", va="center_baseline"
+        )
         for column in range(columns):
             sheet.paste(_EMPTY, *well_box(row, column, columns))
     for column in range(columns):

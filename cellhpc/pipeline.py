@@ -132,7 +132,7 @@ def plan_study(job: Job) -> StudyPlan:
     require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
     folds = plan_folds(screen.fields, job.folds)
     conversion = plan_conversion(job.convert, screen, sizes, store)
-    mix(conversion.channels, job.train.inputs)
+    mix(conversion.channels, job.train.inputs)  # what is no channel is told before anything is done
     runs = plan_runs(job, folds, conversion.content_digest)
     missing = tuple(run for run in runs if not finished(folder.runs / run.id, run.digest))
     return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)

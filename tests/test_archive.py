@@ -24,11 +24,12 @@ from cellhpc.archive import Archive, write_field
 from cellhpc.convert import ConversionPlan, archiving, convert, plan_conversion, tasks
 from cellhpc.convert.plan import THREADS
 from cellhpc.errors import DataError, UsageError, UserError
-from cellhpc.ome import image_metadata, place, plate_metadata, well_path
+from cellhpc.ome import image_metadata, plate_metadata, well_path
 from cellhpc.pixels import FieldFormat, read_field
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings, Job
 from cellhpc.study import StudyFolder
+from cellhpc.wells import place
 from tests import test_convert
 from tests.test_convert import (
     CHANNELS,

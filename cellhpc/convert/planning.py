@@ -15,11 +15,11 @@ from cellhpc.archive import has_field, is_foreign
 from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task, size_text
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import digest
-from cellhpc.ome import Place, place
 from cellhpc.pixels import BadField, FieldFormat, file_bytes, probe_field
 from cellhpc.record import LOCK, read_identity, read_plate
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
+from cellhpc.wells import Place, place
 
 FORMAT = 2
 """Raised when the same settings give other pixels, or when the store is laid out differently."""
