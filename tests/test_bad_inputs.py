@@ -70,6 +70,16 @@ def start(*settings: str) -> None:
     convert(plan_study(job).conversion, workers=1)
 
 
+def refused(case: tuple[Callable[[], object], str]) -> None:
+    """Spoil the screen, and see that it is refused with this message."""
+    act, message = case
+    act()
+    with pytest.raises(DataError) as fault:
+        start()
+    assert message in str(fault.value)
+    assert fault.value.exit_code == 1
+
+
 def test_the_screen_is_sound_when_nothing_is_done_to_it() -> None:
     start()
     assert finished_plates(Path("store")) == ["P1"]
@@ -172,12 +182,7 @@ PIXELS: dict[str, tuple[Callable[[], object], str]] = {
 
 @pytest.mark.parametrize("what", PIXELS)
 def test_a_bad_picture_is_named_with_what_is_wrong_with_it(what: str) -> None:
-    act, message = PIXELS[what]
-    act()
-    with pytest.raises(DataError) as refused:
-        start()
-    assert message in str(refused.value)
-    assert refused.value.exit_code == 1
+    refused(PIXELS[what])
     assert finished_plates(Path("store")) == []
 
 
@@ -207,12 +212,7 @@ TABLES: dict[str, tuple[Callable[[], object], str]] = {
 
 @pytest.mark.parametrize("what", TABLES)
 def test_a_bad_table_is_told_with_its_row(what: str) -> None:
-    act, message = TABLES[what]
-    act()
-    with pytest.raises(DataError) as refused:
-        start()
-    assert message in str(refused.value)
-    assert refused.value.exit_code == 1
+    refused(TABLES[what])
     assert not Path("store").exists()
 
 
@@ -237,9 +237,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_bad_setting_is_told_with_what_is_allowed(setting: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as fault:
         start(setting)
-    assert SETTINGS[setting] in str(refused.value)
+    assert SETTINGS[setting] in str(fault.value)
     assert not Path("store").exists()
 
 
@@ -268,8 +268,8 @@ def test_a_store_of_a_later_version_is_left_alone() -> None:
 def test_the_command_says_it_in_one_message_without_a_traceback(cellhpc: Cellhpc) -> None:
     cut(BAD, 0.5)()
     words = ("--set", 'sweep.weights=["xavier"]', "--set", 'sweep.networks=["MobileNet(alpha=0.25)"]')
-    refused = cellhpc("convert", "job.toml", *words)
-    assert refused.returncode == 1
-    assert "B04_dna.tif: truncated" in refused.stderr
-    assert 'set convert.on_bad_field = "skip"' in refused.stderr
-    assert "Traceback" not in refused.stderr
+    said = cellhpc("convert", "job.toml", *words)
+    assert said.returncode == 1
+    assert "B04_dna.tif: truncated" in said.stderr
+    assert 'set convert.on_bad_field = "skip"' in said.stderr
+    assert "Traceback" not in said.stderr

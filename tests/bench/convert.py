@@ -46,6 +46,7 @@ import psutil
 import tifffile
 import zarr
 import zarr.codecs
+from numcodecs import Blosc
 
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
 from cellhpc.correct import TileRecipe, anscombe, cut_tiles, histograms, plate_statistics
@@ -58,6 +59,8 @@ SIZE = (1024, 1280)
 CHANNELS = ("dna", "tubulin", "actin")
 DMSO_FIELDS = 24
 TILE_PX = 224
+CODEC = Blosc("zstd", 1, Blosc.BITSHUFFLE)
+"""What tiles and archive have, without Zarr."""
 WORKERS = 2
 PLATES, COPIED = 12, 1
 REPEATS = 3
@@ -131,10 +134,7 @@ def loop_dmso(plan: ConversionPlan, rank: int) -> dict[str, np.ndarray]:
 
 def loop_tiles(plan: ConversionPlan, counts: dict[str, np.ndarray], folder: Path, rank: int) -> None:
     """Tiles of every other task, compressed tile by tile into one file for each task."""
-    from numcodecs import Blosc
-
     cv2.setNumThreads(1)
-    codec = Blosc("zstd", 1, Blosc.BITSHUFFLE)
     recipe = TileRecipe((2, 2), (TILE_PX,))
     statistics = {name: plate_statistics(one) for name, one in counts.items()}
     for task in plan.tasks[rank::WORKERS]:
@@ -144,7 +144,7 @@ def loop_tiles(plan: ConversionPlan, counts: dict[str, np.ndarray], folder: Path
                 measure(pixels)
                 cut = cut_tiles(pixels, recipe, statistics[task.plate])
                 for tile in cut.tiles[TILE_PX]:
-                    file.write(codec.encode(np.ascontiguousarray(tile)))
+                    file.write(CODEC.encode(np.ascontiguousarray(tile)))
 
 
 def in_two(work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -196,13 +196,10 @@ def anscombe_dask(fields: Any) -> Any:
 
 def compress_all(plan: ConversionPlan, pictures: list[np.ndarray], rank: int) -> None:
     """Compress as many fields as there are with the archive's codec, and keep nothing."""
-    from numcodecs import Blosc
-
-    codec = Blosc("zstd", 1, Blosc.BITSHUFFLE)
     sources = [source for plate in plan.plates for source in plate.sources]
     for number, _ in enumerate(sources[rank::WORKERS]):
         for plane in pictures[number % len(pictures)]:
-            codec.encode(np.ascontiguousarray(plane))
+            CODEC.encode(np.ascontiguousarray(plane))
 
 
 def ome_zarr_all(plan: ConversionPlan, folder: Path, rank: int) -> None:
