@@ -17,6 +17,7 @@ metadata, the key `cellhpc` says what a plate and a field were made of.
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import shutil
 from collections.abc import Sequence
@@ -31,14 +32,15 @@ import zarr.storage
 
 from cellhpc.codecs import CODECS
 from cellhpc.errors import DataError, UserError
-from cellhpc.ledger import digest, read_json, replacing, write_json
+from cellhpc.ledger import digest, read_json, write_json, write_text
 from cellhpc.ome import image_metadata, plate_metadata, well_metadata, well_path
 from cellhpc.pixels import FieldFormat
+from cellhpc.shards import METADATA, remove_leftovers, write_shard
 from cellhpc.wells import ROWS, Place, place
 
 FORMAT = 1
 """Raised when the same settings give another archive."""
-METADATA, PIXELS, SHARD = "zarr.json", "0", "c.0.0.0"
+PIXELS, SHARD = "0", "c.0.0.0"
 
 CHUNK_PX = 1024
 """About the side of a chunk: a picture is divided into equal ones. Smaller ones take longer to write."""
@@ -161,15 +163,15 @@ def write_field(
                 "needed, choose another folder with --set convert.archive=FOLDER, or leave convert.archive out."
             )
     (folder / METADATA).unlink(missing_ok=True)
-    for leftover in (*folder.glob(".*"), *(folder / PIXELS).glob(".*")):
-        leftover.unlink()
-    files = _encode(archive, np.moveaxis(pixels, -1, 0))
-    for name, content in files.items():
-        with replacing(folder / PIXELS / name) as temporary:
-            content.tofile(temporary)
+    array = folder / PIXELS
+    for name in (METADATA, SHARD):
+        remove_leftovers(name, folder)
+        remove_leftovers(name, array)
+    write_text(array / METADATA, _array_metadata(archive))
+    shard = write_shard(array, SHARD, ..., np.moveaxis(pixels, -1, 0), folder)
     highest = int(np.iinfo(archive.format.dtype).max)
     image = image_metadata(f"{plate} {well} field {field}", archive.channels, extremes, highest, archive.pixel_um)
-    _write_group(folder, {"ome": image, "cellhpc": {"source": source, "shard_bytes": len(files[SHARD])}})
+    _write_group(folder, {"ome": image, "cellhpc": {"source": source, "shard_bytes": shard["bytes"]}})
 
 
 def claim_plate(archive: Archive, name: str, plate_digest: str) -> None:
@@ -220,27 +222,26 @@ def _read_field(folder: Path) -> dict[str, Any]:
     return record if whole else {}
 
 
-def _encode(archive: Archive, planes: np.ndarray) -> dict[str, np.ndarray]:
-    """Make the files of a field's array (c, y, x), as bytes; in memory, so that they can be written atomically."""
+@functools.lru_cache(maxsize=1)
+def _array_metadata(archive: Archive) -> str:
+    """Make the `zarr.json` of a field's array (c, y, x), the same for all fields."""
     memory: dict[str, Any] = {}
-    counts = [max(1, round(size / CHUNK_PX)) for size in planes.shape[1:]]
-    chunk = [math.ceil(size / count) for size, count in zip(planes.shape[1:], counts, strict=True)]
+    shape = len(archive.channels), archive.format.height, archive.format.width
+    counts = [max(1, round(size / CHUNK_PX)) for size in shape[1:]]
+    chunk = [math.ceil(size / count) for size, count in zip(shape[1:], counts, strict=True)]
     compressor = CODECS[archive.codec]
-    # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
-    array = zarr.create_array(
+    zarr.create_array(
         zarr.storage.MemoryStore(memory),
-        shape=planes.shape,
+        shape=shape,
         chunks=(1, *chunk),
-        shards=(len(planes), *(count * size for count, size in zip(counts, chunk, strict=True))),
-        dtype=planes.dtype,
+        shards=(shape[0], *(count * size for count, size in zip(counts, chunk, strict=True))),
+        dtype=archive.format.dtype,
         fill_value=0,
         compressors=[*([compressor] if compressor else []), zarr.codecs.Crc32cCodec()],  # every reader checks it
         chunk_key_encoding={"name": "default", "separator": "."},  # one file, and no folder for each axis
         dimension_names=("c", "y", "x"),
-        config={"write_empty_chunks": True},
     )
-    array[...] = planes
-    return {name: buffer.as_numpy_array() for name, buffer in memory.items()}
+    return str(memory[METADATA].to_bytes().decode())
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:

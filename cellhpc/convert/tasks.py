@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import zarr
 
 from cellhpc.archive import Archive, write_field
 from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task
@@ -29,6 +27,7 @@ from cellhpc.ledger import read_json, write_json
 from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
 from cellhpc.quality import Quality, measure
 from cellhpc.record import ARRAYS, plate_folder
+from cellhpc.shards import remove_leftovers, write_shard
 
 STATISTICS, ILLUMINATION = "statistics", "illumination"
 """Names of the markers of a plate's own tasks; those of shards are their numbers."""
@@ -186,6 +185,7 @@ def archive_fields(
     list of dict
         Records of the fields that can't be read any more, or that were changed since.
     """
+    _leave_cores_to_others()
     bad = []
     for source, state in zip(sources, states, strict=True):
         try:
@@ -245,9 +245,8 @@ def _read(recipe: Recipe, source: FieldSource) -> tuple[np.ndarray, dict[str, An
 
 
 def _leave_cores_to_others() -> None:
-    """Have one thread for each task, and compress the chunks of a shard in one go: there is a worker for each core."""
+    """Have one thread for each task: there is a worker for each core."""
     cv2.setNumThreads(1)
-    zarr.config.set({"threading.max_workers": 1, "codec_pipeline.batch_size": 64})
 
 
 def _is_black(plane: np.ndarray) -> bool:
@@ -290,29 +289,20 @@ def _write(
     records: list[dict[str, Any]],
 ) -> None:
     marker = marker_path(recipe.store, task.plate, shard_name(task))
+    marker.parent.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    for leftover in marker.parent.glob(f".{marker.name}.*"):
-        leftover.unlink()
+    remove_leftovers(marker.name, marker.parent)
+    name = f"c.{task.shard}.0.0.0"
+    remove_leftovers(name, marker.parent)
     shards = {}
     for px, block in tiles.items():
-        folder = recipe.store / ARRAYS / task.plate / f"tiles_{px}"
-        for leftover in folder.glob(f"c.{task.shard}.*"):
-            leftover.unlink()
-        # Zeros are written too: a shard that is not there is lost, and is not taken for one of zeros.
-        array = zarr.open_array(folder, mode="r+").with_config({"write_empty_chunks": True})
+        array = recipe.store / ARRAYS / task.plate / f"tiles_{px}"
+        (array / name).unlink(missing_ok=True)
         first = task.shard * recipe.shard_fields * recipe.tiles.grid[0] * recipe.tiles.grid[1]
-        array[first : first + len(block)] = block
-        shard = folder / f"c.{task.shard}.0.0.0"
-        shards[str(shard.relative_to(recipe.store / ARRAYS))] = _flush(shard)
+        region = slice(first, first + len(block))
+        shards[f"{task.plate}/{array.name}/{name}"] = write_shard(array, name, region, block, marker.parent)
     document = {"digest": task.digest, "basis": basis.record(), "shards": shards, "fields": records}
     write_json(marker, document)
-
-
-def _flush(shard: Path) -> dict[str, Any]:
-    """Have a file on the disk before its marker says so, and take its checksum."""
-    with shard.open("rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": shard.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _record(source: FieldSource) -> dict[str, Any]:
