@@ -33,7 +33,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import statistics
 from collections import defaultdict
@@ -176,6 +175,7 @@ def aggregate(
         "baselines": scores.baselines(wells if whole else wells.iloc[:0], classes),
         "conversion": dict(conversion or {}),
         "quality": summary(store.fields) if store else {},
+        "no_montage": "",
         "provenance": {
             "runs": _origin(run.facts for group in models.values() for run in group),
             "aggregate": ledger.provenance(),
@@ -432,8 +432,11 @@ def _write(
     pictures["learning-curves"] = figures.save(curves, results / "learning-curves.png")
     if store:
         ledger.write_table(results / "outliers.csv", outliers(store.fields))
-        with contextlib.suppress(DataError, OSError):  # scores don't need the tiles, which may be gone by now
+        try:
             pictures["montage"] = montage(store, classes).save(results / "montage.png")
+        except (DataError, OSError) as fault:  # scores don't need the tiles, which may be gone by now
+            (results / "montage.png").unlink(missing_ok=True)
+            document["no_montage"] = str(fault)
     ledger.write_json(results / "scores.json", document)
     ledger.write_text(results / "report.html", render_report(document, pictures))
     for path in results.glob("confusion-*"):

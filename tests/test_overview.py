@@ -295,5 +295,6 @@ def test_scores_do_not_need_the_tiles(store: Store, tmp_path: Path) -> None:
     runs = make_study(tmp_path / "study", compounds=compounds, classes=("A", "B"))
     aggregate(tmp_path / "study", "made", runs, ("A", "B"), store=Store.open(folder))
     page = (tmp_path / "study/results/report.html").read_text()
-    assert "Tiles by label" not in page
+    assert "<h2>Tiles by label" not in page
+    assert f"There is no picture of tiles by label: {folder}" in page.replace("&#39;", "'")
     assert "Quality of the pictures" in page
