@@ -1,0 +1,199 @@
+"""Speed of the training engine, against what one could write instead, in images of a step a second.
+
+- fit: a plain `model.fit` of Keras on an array in memory, one process of as many threads as there are cores
+- engine: this engine, the same network, batches and precision, no augmentation, one rank of as many threads
+- augmented: the same with the paper's augmentation
+- two ranks: two Horovod ranks of one thread, each with half of every batch
+- limit: two processes of one thread that know nothing of each other, each with half of the batch
+
+Then what a run costs beside its steps when it is not the first of its process: its weights, its predictions, its
+files. Each line is a process of its own; they take turns, so that a machine's moods reach all of them alike. The first
+epoch, in which graphs are made, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from cellhpc.hosts import MEETING, RANK, RANKS
+
+CORES = len(os.sched_getaffinity(0))
+SMALL = {"network": "MobileNet(alpha=0.25)", "side_px": 128, "batch_size": 32, "steps": 24, "epochs": 4}
+LARGE = {"network": "ResNet50", "side_px": 224, "batch_size": 8, "steps": 2, "epochs": 3}
+REPEATS = 3
+
+
+# ---- in a process of its own
+
+
+def prepare(threads: int) -> None:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def engine(how: dict[str, Any]) -> dict[str, Any]:
+    """Train one run, or several after each other in files; images/s of a rank's steps and what it waited."""
+    prepare(how["threads"])
+    import tensorflow as tf
+
+    tf.config.experimental.enable_op_determinism()  # as the engine's own processes have it
+    from cellhpc.ranks import joined
+    from cellhpc.train import Trainer, train_run
+    from tests import small
+
+    per_compound = -(-how["batch_size"] * how["steps"] // 8)  # eight of the nine compounds are trained on
+    data, folds = small.data(how["side_px"], per_compound)
+    update = {key: how[key] for key in ("batch_size", "epochs")} | {"augment": how["augment"]}
+    settings = type(small.SETTINGS).model_validate({**small.SETTINGS.model_dump(), **update})
+    with joined() as ranks, tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(how["network"], data, settings, ranks)
+        seconds = []
+        for seed in range(how.get("runs", 1)):
+            run = small.run(folds, how["network"], seed=seed, side_px=how["side_px"])
+            began = time.perf_counter()
+            train_run(trainer, run, folds, Path(folder))
+            whole = time.perf_counter() - began
+            (history,) = Path(folder, run.id).rglob("history.json")
+            epochs = json.loads(history.read_text())["epochs"]
+            seconds.append({"whole": whole, "steps": sum(epoch["seconds"] for epoch in epochs)})
+    counted = epochs[1:]
+    return {
+        "images_per_s": statistics.median(epoch["images_per_s"] for epoch in counted),
+        "waiting": sum(epoch["waiting_for_data"] * epoch["seconds"] for epoch in counted)
+        / sum(epoch["seconds"] for epoch in counted),
+        "runs": seconds,
+    }
+
+
+def plain(how: dict[str, Any]) -> dict[str, Any]:
+    """What one writes first."""
+    prepare(how["threads"])
+    import keras
+    import numpy as np
+
+    from cellhpc.networks import build, parse_network
+
+    count, side_px = how["batch_size"] * how["steps"], how["side_px"]
+    random = np.random.default_rng(0)
+    tiles = random.integers(0, 255, (count, side_px, side_px, 3), np.uint8)
+    targets = random.integers(0, 3, count)
+    model = build(parse_network(how["network"]), side_px, 3, 3, "xavier")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
+    began: list[float] = []
+
+    class Clock(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            began.append(time.perf_counter())
+
+    model.fit(tiles, targets, batch_size=how["batch_size"], epochs=how["epochs"], verbose=0, callbacks=[Clock()])
+    began.append(time.perf_counter())
+    spent = [after - before for before, after in itertools.pairwise(began)]
+    return {"images_per_s": count / statistics.median(spent[1:])}
+
+
+# ---- from outside
+
+
+def start(work: str, how: dict[str, Any], **environment: str) -> subprocess.Popen[str]:
+    words = [sys.executable, __file__, "--work", work, json.dumps(how)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"{process.args} ended with {process.returncode}: {output}")
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def together(how: dict[str, Any]) -> dict[str, Any]:
+    """Two ranks; each tells the speed of both."""
+    with tempfile.TemporaryDirectory() as meeting:
+        ranks = [
+            start("engine", how, **{RANK: str(rank), RANKS: "2", MEETING: meeting, "OMP_NUM_THREADS": "1"})
+            for rank in range(2)
+        ]
+        found = [answer(rank) for rank in ranks]
+    return found[0]
+
+
+def apart(how: dict[str, Any]) -> dict[str, Any]:
+    half = how | {"batch_size": how["batch_size"] // 2}
+    found = [answer(one) for one in [start("engine", half, OMP_NUM_THREADS="1") for _ in range(2)]]
+    return {"images_per_s": sum(one["images_per_s"] for one in found)}
+
+
+def measure(case: dict[str, Any], repeats: int, parallel: bool) -> dict[str, Any]:
+    how = case | {"threads": CORES, "augment": "none"}
+    kinds = {
+        "fit": lambda: answer(start("plain", how)),
+        "engine": lambda: answer(start("engine", how)),
+        "augmented": lambda: answer(start("engine", how | {"augment": "kensert2019"})),
+    }
+    if parallel:
+        kinds |= {
+            "two ranks": lambda: together(how | {"threads": 1}),
+            "limit": lambda: apart(how | {"threads": 1}),
+        }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, work in kinds.items():
+            found[name].append(work())
+    print(f"{case['network']} at {case['side_px']} px, batches of {case['batch_size']}, {CORES} cores")
+    print(f"{'':10} {'images/s':>9} {'of fit':>7} {'waiting':>8}   all of them")
+    speeds = {name: statistics.median(one["images_per_s"] for one in many) for name, many in found.items()}
+    waiting = {name: max(one.get("waiting", 0.0) for one in many) for name, many in found.items()}
+    for name, speed in speeds.items():
+        every = " ".join(f"{one['images_per_s']:.1f}" for one in found[name])
+        waited = f"{waiting[name]:8.2%}" if "waiting" in found[name][0] else " " * 8
+        print(f"{name:10} {speed:9.1f} {speed / speeds['fit']:7.0%} {waited}   {every}", flush=True)
+    ratios = {"engine_of_fit": speeds["engine"] / speeds["fit"]}
+    if parallel:
+        ratios["two_ranks_of_limit"] = speeds["two ranks"] / speeds["limit"]
+        print(f"two ranks have {ratios['two_ranks_of_limit']:.0%} of the limit")
+    return {"images_per_s": speeds, "waiting": waiting, **ratios}
+
+
+def packed() -> dict[str, Any]:
+    how = SMALL | {"threads": CORES, "augment": "kensert2019", "runs": 4, "steps": 8, "epochs": 2}
+    runs = answer(start("engine", how))["runs"]
+    beside = [run["whole"] - run["steps"] for run in runs]
+    print(f"a run beside its steps, {how['network']} at {how['side_px']} px: the first of its process takes "
+          f"{runs[0]['whole'] - statistics.median(run['steps'] for run in runs[1:]):.2f} s, "
+          f"the next ones {', '.join(f'{one:.2f}' for one in beside[1:])} s")  # fmt: skip
+    return {"beside_its_steps_s": beside[1:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        work, how = given.work
+        print(json.dumps({"engine": engine, "plain": plain}[work](json.loads(how))))
+        return
+    small = measure(SMALL, given.repeats, parallel=True)
+    large = measure(LARGE, 1, parallel=False)
+    print(json.dumps({"bench": "train", "cores": CORES, "small": small, "large": large, "packed": packed()}))
+
+
+if __name__ == "__main__":
+    main()
