@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -216,8 +215,9 @@ def set_weights(model: Any, path: Path) -> None:
 
 def scale_input(network: Network, tiles: Any) -> Any:
     """Scale float grey levels 0..255 (n, y, x, 3) as keras.applications defines it for the network."""
-    module = importlib.import_module(f"keras.applications.{NETWORKS[network.name]}")
-    return module.preprocess_input(tiles)
+    import keras
+
+    return getattr(keras.applications, NETWORKS[network.name]).preprocess_input(tiles)
 
 
 def _load_weights(backbone: Any, path: Path, network: Network) -> None:
