@@ -43,7 +43,7 @@ class Source:
     store
         The tiles.
     network, weights
-        As in `sweep.networks` and `sweep.weights`; or the weights that a run kept.
+        As in `sweep.networks` and `sweep.weights`, `xavier` being of seed 0; or the weights that a run kept.
     tile_px
         Side of the tiles, one that the store holds.
     inputs, input_scaling

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from cellhpc.errors import UsageError, UserError
-from cellhpc.ledger import read_json, write_json
+from cellhpc.ledger import is_done, read_json, write_json
 from cellhpc.record import is_store
 from cellhpc.sections import parse_override
 from cellhpc.settings import load_job
@@ -231,7 +231,8 @@ def features(
     if with_baseline:
         require_untaught({"run": source.run})
     folder = folder or (Path() if is_store(place) else place) / "features" / source.name
-    start_tensorflow()
+    if not is_done(folder, source.about["digest"]):
+        start_tensorflow()
     written = write_features(source, folder)
     facts: dict[str, Any] = {"folder": str(folder), "digest": written.about["digest"], **written.facts}
     lines = [

@@ -30,7 +30,7 @@ import zarr
 from cellhpc import ledger
 from cellhpc.backbone import Extractor, Source
 from cellhpc.codecs import CODECS
-from cellhpc.errors import DataError, UsageError
+from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.progress import progress
 from cellhpc.train import PREDICT_TILES
 
@@ -123,24 +123,30 @@ def _claim(source: Source, folder: Path) -> None:
     if (folder / ABOUT).is_file():
         known = ledger.read_json(folder / ABOUT)
         differing = [
-            f"{key} is {now!r}, there {known.get(key)!r}"
+            f"{key} is {_told(now)}, there {_told(known.get(key))}"
             for key, now in source.about.items()
             if key != "digest" and known.get(key) != now
         ]
         if differing:
             raise UsageError("\n  - ".join([f"{folder} holds other features:", *differing]) + f"\n{another}")
-        return
-    if any(entry.name != ".lock" for entry in folder.iterdir()):
+    elif any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no features. {another}")
+    if ledger.is_done(folder, source.about["digest"]):
+        return
     about = {"weights": source.weights, "store": str(source.store.folder), "channels": list(source.store.channels)}
     run = {"run": source.run} if source.run else {}
     ledger.write_json(folder / ABOUT, {**source.about, **about, **run, **ledger.provenance()})
 
 
+def _told(value: Any) -> str:
+    return listing(value) or "empty" if isinstance(value, list) else str(value)
+
+
 def _write_parts(source: Source, tiles: pd.DataFrame, folder: Path) -> list[Path]:
     """Make the features of each plate that has none yet; gives the folders of all parts, in the order of the tiles."""
     rows = {str(plate): mine for plate, mine in tiles.groupby("plate", sort=False)}
-    wanted = {plate: ledger.digest([source.about["digest"], plate]) for plate in rows}
+    made_by = ledger.provenance()["versions"]  # other versions may round in other ways: their parts are made again
+    wanted = {plate: ledger.digest([source.about["digest"], plate, made_by]) for plate in rows}
     missing = [plate for plate in rows if not ledger.is_done(folder / plate, wanted[plate])]
     extractor = Extractor(source) if missing else None
     with progress("Features", sum(len(rows[plate]) for plate in missing), "tiles") as advance:

@@ -12,9 +12,14 @@ from rich.console import Console
 from scipy.spatial.distance import cosine
 from sklearn.linear_model import LogisticRegression
 
+from cellhpc.backbone import choose_source
+from cellhpc.convert import convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
+from cellhpc.features import write_features
 from cellhpc.profiles import baseline, folds, neighbours, predict, render_baseline, require_untaught
 from cellhpc.scores import combine
+from cellhpc.screens import read_screen
+from cellhpc.settings import load_job
 from tests.made_up import predictions
 
 WIDTH = 6
@@ -151,3 +156,23 @@ def test_in_the_real_tables_92_of_103_treatments_can_be_scored_without_their_wee
     values = np.random.default_rng(0).normal(size=(len(tiles), 3))
     assert (neighbours(tiles, values, "compound")["call"] != "").sum() == 103
     assert (neighbours(tiles, values, "compound_and_batch")["call"] != "").sum() == 92
+
+
+def test_frozen_features_reach_the_known_figures_on_real_fields(cellhpc_data: Path, tmp_path: Path) -> None:
+    job = load_job(Path(__file__).parents[1] / "jobs" / "bbbc021_subset.toml")
+    plan = plan_conversion(job.convert, read_screen(job.screen), (224,), tmp_path / "store")
+    convert(plan)
+    chosen = choose_source(plan.store, job.sweep.networks[0], job.sweep.weights[0])
+    written = write_features(chosen, tmp_path / "features")
+    found = baseline(written.tiles, written.read())
+    alone, both = (found["logistic_regression"][left_out] for left_out in ("compound", "compound_and_batch"))
+    assert (alone["treatment"]["correct"], alone["treatment"]["total"]) == (55, 55)
+    assert alone["field"]["accuracy"] > 0.77
+    assert both["treatment"]["correct"] >= 46
+    assert both["treatment"]["total"] + both["not_scorable"] == 55
+    # Labels that were dealt out to the compounds anew can't be learnt: nothing of what is left out leaks.
+    labels = written.tiles.groupby("compound")["label"].first()
+    dealt = dict(zip(labels.index, np.random.default_rng(0).permutation(labels), strict=True))
+    nonsense = written.tiles.assign(label=written.tiles["compound"].map(dealt))
+    assert combine(predict(nonsense, written.read(), "compound"))["treatment"]["correct"].sum() < 20
+    assert neighbours(nonsense, written.read(), "compound")["correct"].sum() < 20

@@ -199,6 +199,8 @@ class TestInterruptions:
         assert (unit / "007" / CHECKPOINT).exists()
         start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest")
         same_run(outputs(tmp_path / "whole"), outputs(unit))
+        kept = [(outputs(folder) / WEIGHTS).read_bytes() for folder in (tmp_path / "whole", unit)]
+        assert kept[0] == kept[1]
         record = read_json(outputs(unit) / "run.json")
         assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
 
