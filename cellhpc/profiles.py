@@ -211,30 +211,31 @@ def render_baseline(found: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left", show_edge=False)
     for heading in ("Method", "Left out", "Level"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("Right", "%", "95 % interval", "Over compounds", "Not scorable"):
+    for heading in ("Right", "%", "95 % interval", "Not scorable"):
         table.add_column(heading, justify="right", no_wrap=True)
     for method, method_words in METHODS.items():
         for left_out, words in LEFT_OUT.items():
-            if (levels := found[method][left_out]) is None:
-                table.add_row(method_words, words, "treatment", "-", "", "", "", f"{found['treatments']}")
+            levels = found[method][left_out]
+            if levels is None:
+                table.add_row(method_words, words, "treatment", "none", "", "", f"{found['treatments']}")
                 continue
-            for level in LEVELS:
-                if level in levels:
-                    aside = f"{levels['not_scorable']}" if level == "treatment" else ""
-                    table.add_row(method_words, words, level, *_counted(levels[level]), aside)
+            for level in (level for level in LEVELS if level in levels):
+                aside = f"{levels['not_scorable']}" if level == "treatment" else ""
+                table.add_row(method_words, words, level, *_counted(levels[level]), aside)
         table.add_section()
     names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
     for key, words in names.items():
         if known := found["baselines"][key]:
             table.add_row(words, LEFT_OUT["compound"], "treatment", *_counted(known), "", style="dim")
-    chance = found["baselines"]["chance"]
-    table.add_row(f"chance, 1 of {len(found['classes'])} classes", "", "", "", f"{100 * chance:.1f}", style="dim")
+    chance = f"{100 * found['baselines']['chance']:.1f}"
+    table.add_row(f"chance, 1 of {len(found['classes'])} classes", "", "", "", chance, "", "", style="dim")
     return table
 
 
-def _counted(level: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    wilson, bootstrap = (
-        f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
-        for interval in (level["wilson95"], level.get("bootstrap95"))
+def _counted(level: Mapping[str, Any]) -> tuple[str, str, str]:
+    low, high = level["wilson95"]
+    return (
+        f"{level['correct']}/{level['total']}",
+        f"{100 * level['accuracy']:.1f}",
+        f"{100 * low:.1f} to {100 * high:.1f}",
     )
-    return f"{level['correct']}/{level['total']}", f"{100 * level['accuracy']:.1f}", wilson, bootstrap

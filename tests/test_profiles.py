@@ -38,9 +38,10 @@ def make(compounds: dict[str, str] | None = None, skill: float = 1.0) -> tuple[p
 
 
 def shown(found: dict[str, Any]) -> str:
-    console = Console(width=140)
+    console = Console(width=120)
     with console.capture() as capture:
         console.print(render_baseline(found, "Baseline"))
+    assert "…" not in capture.get()
     return capture.get()
 
 

@@ -46,7 +46,7 @@ def main() -> None:
                 found = baseline(features.tiles, features.read())
                 seconds = {"features": made - began, "baseline": time.perf_counter() - made}
                 title = f"{source.name}: {seconds['features']:.1f} s with the network's start, {features.facts['images_per_s']:.0f} images/s; baseline {seconds['baseline']:.1f} s"  # noqa: E501
-                Console(width=140).print(render_baseline(found, title))
+                Console(width=120).print(render_baseline(found, title))
                 figures.append({"source": source.name, "seconds": seconds, **features.facts, **found})
     print(json.dumps({"features": figures}))
 
