@@ -28,6 +28,8 @@ from cellhpc.errors import DataError, UserError
 from cellhpc.ranks import Ranks
 
 CHECKPOINT = "checkpoint.npz"
+WEIGHTS = "weights.npz"
+"""What a finished run keeps of its network, if it is asked to; `networks.set_weights` reads it."""
 FORMAT = 1
 _OK, _SUPERSEDED, _FAULT = range(3)
 
@@ -221,12 +223,25 @@ class Keeper:
             self.write_history(progress.history)
         return progress
 
-    def publish(self, predictions: pd.DataFrame, record: Callable[[], dict[str, Any]]) -> None:
-        """Write the predictions and the record of the run, and mark it as done with the outputs of this attempt."""
+    def publish(
+        self, predictions: pd.DataFrame, record: Callable[[], dict[str, Any]], weights: Mapping[str, np.ndarray]
+    ) -> None:
+        """Write what came of the run, and mark it as done with the outputs of this attempt.
+
+        Parameters
+        ----------
+        predictions, record
+            Its predictions, and what it was.
+        weights
+            The weights that it keeps, by name; without any, there is no file of them.
+        """
 
         def write() -> None:
             attempt = self._claimed
             attempt.write_table("predictions.parquet", predictions)
+            if weights:
+                with attempt.replacing(WEIGHTS) as temporary:
+                    _save(temporary, weights)
             same = [folder for folder in attempt.earlier() if _digest_of(folder) == self.digest]
             facts = {"attempt": attempt.name, "attempts": 1 + len(same), **self._until_now()}
             attempt.write_json("run.json", {**record(), **facts})

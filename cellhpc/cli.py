@@ -16,7 +16,8 @@ import click
 from rich.console import Console
 
 from cellhpc.errors import UsageError, UserError
-from cellhpc.ledger import read_json
+from cellhpc.ledger import is_done, read_json, write_json
+from cellhpc.record import is_store
 from cellhpc.sections import parse_override
 from cellhpc.settings import load_job
 
@@ -41,6 +42,7 @@ def cli() -> None:
     cellhpc run JOB.toml --site SITE.toml     the same as jobs of Slurm; returns at once
     cellhpc status STUDY                      what it is doing; logs, resume and cancel take a study too
     cellhpc pictures STORE                    its plates at a glance, and the fields that stand out
+    cellhpc features STORE --network NAME     what a network says of every tile, as Zarr; a baseline in seconds
     cellhpc doctor --site SITE.toml           is this cluster ready?
     """
 
@@ -194,6 +196,62 @@ def pictures(store: Path, folder: Path, plates: tuple[str, ...]) -> None:
 
     for path in write_pictures(store, folder, plates):
         click.echo(f"wrote {path}")
+
+
+@cli.command()
+@click.argument("place", metavar="STORE|STUDY", type=click.Path(path_type=Path))
+@click.option("--network", metavar="NAME", help='As in sweep.networks: "MobileNet(alpha=0.25)".')
+@click.option("--weights", metavar="imagenet|xavier|FILE", help="As in sweep.weights.")
+@click.option("--run", metavar="RUN", help="A finished run of the study, trained with sweep.keep_weights.")
+@click.option("--tile-px", type=click.IntRange(32, 1024), help="Side of the tiles, by default the network's own.")
+@click.option("--input", "inputs", multiple=True, metavar="CHANNELS", help="As in train.inputs; once for each input.")
+@click.option("--input-scaling", type=click.Choice(["raw", "keras"]), help="As in [train]; by default keras.")
+@click.option("--rotations", is_flag=True, help="Average over the eight rotations and mirrors of a tile.")
+@click.option(
+    "--out",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder that they are written into, by default features/NAME: in the study's, or in the one you are in.",
+)
+@click.option("--baseline", "with_baseline", is_flag=True, help="Score them on compounds that are left out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def features(
+    place: Path, inputs: tuple[str, ...], folder: Path | None, with_baseline: bool, as_json: bool, **choice: Any
+) -> None:
+    """Write what a network says of every tile before its head, as Zarr; done before, it is not done again.
+
+    Of a study, what is not given is as in its job file.
+    """
+    from cellhpc.backbone import choose_source, start_tensorflow
+    from cellhpc.features import write_features
+    from cellhpc.profiles import baseline, render_baseline, require_untaught
+
+    source = choose_source(place, inputs=inputs or None, **choice)
+    if with_baseline:
+        require_untaught({"run": source.run})
+    folder = folder or (Path() if is_store(place) else place) / "features" / source.name
+    if not is_done(folder, source.about["digest"]):
+        start_tensorflow()
+    written = write_features(source, folder)
+    facts: dict[str, Any] = {"folder": str(folder), "digest": written.about["digest"], **written.facts}
+    lines = [
+        f"{written.facts['features']:,} features of {written.facts['tiles']:,} tiles, "
+        f"made in {written.facts['seconds']:.1f} s ({written.facts['images_per_s']:,.0f} images/s): {folder}"
+    ]
+    if not with_baseline:
+        _answer(facts, as_json, lambda: click.echo("\n".join(lines)))
+        return
+    began = time.perf_counter()
+    found = baseline(written.tiles, written.read())
+    write_json(folder / "baseline.json", {"features": facts["digest"], **found})
+    facts |= {"baseline": found, "baseline_seconds": time.perf_counter() - began}
+
+    def show() -> None:
+        click.echo("\n".join(lines))
+        _console().print(render_baseline(found, f"Baseline in {facts['baseline_seconds']:.1f} s"))
+
+    _answer(facts, as_json, show)
 
 
 @cli.command()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from cellhpc.errors import UsageError, listing
+from cellhpc.networks import Network, scale_input
 
 
 def mix(channels: Sequence[str], inputs: Sequence[str] = ()) -> np.ndarray:
@@ -41,3 +43,32 @@ def mix(channels: Sequence[str], inputs: Sequence[str] = ()) -> np.ndarray:
     if not shares.any():
         raise UsageError("train.inputs: no input has a channel")
     return shares
+
+
+def prepare(
+    tiles: Any, channels: Sequence[str], inputs: Sequence[str], network: Network, scaling: Literal["raw", "keras"]
+) -> Any:
+    """Make of a batch of tiles what a network sees, in the graph.
+
+    Parameters
+    ----------
+    tiles
+        float32 tensor (n, y, x, channel) of grey levels 0..255.
+    channels, inputs
+        As of `mix`.
+    network, scaling
+        The network, and `train.input_scaling`.
+
+    Returns
+    -------
+    tensor
+        float32 (n, y, x, input).
+    """
+    import tensorflow as tf
+
+    shares = mix(channels, inputs)
+    if inputs:
+        tiles = tf.einsum("nyxc,ci->nyxi", tiles, shares)
+    else:
+        tiles = tf.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, shares.shape[1] - shares.shape[0])))
+    return scale_input(network, tiles) if scaling == "keras" else tiles

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cellhpc.errors import DataError, UsageError, UserError
 
@@ -183,10 +185,39 @@ def build(network: Network, side_px: int, channels: int, classes: int, weights: 
     return keras.Model(backbone.input, logits, name=network.slug.replace("-", "_").replace(".", "_"))
 
 
+def named_weights(model: Any) -> dict[str, np.ndarray]:
+    """Weights of a model in its own order, each by its place and kind, as `0003-gamma`."""
+    # Not by the layers' names: Keras counts those on over all that a process builds.
+    return {f"{number:04d}-{weight.name}": weight.numpy() for number, weight in enumerate(model.weights)}
+
+
+def set_weights(model: Any, path: Path) -> None:
+    """Set all weights of a model to those of a file of `named_weights`.
+
+    Raises
+    ------
+    DataError
+        The file is missing, damaged, or of another network.
+    """
+    remedy = "Give the weights.npz of a run with this very network, classes and inputs."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {name: file[name] for name in file.files}
+    except Exception as fault:  # a damaged archive makes zipfile and NumPy raise nearly anything
+        raise DataError(f"{path}: can't be read as kept weights: {fault}", remedy=remedy) from None
+    there = [f"{name} {_shapes([array.shape])}" for name, array in stored.items()]
+    wanted = [f"{name} {_shapes([array.shape])}" for name, array in named_weights(model).items()]
+    if there != wanted:
+        differing = [f"{mine} here, {other} there" for mine, other in zip_longest(wanted, there) if mine != other]
+        raise DataError(f"{path}: {len(differing)} weights are not those of {model.name}.", differing, remedy)
+    model.set_weights(list(stored.values()))
+
+
 def scale_input(network: Network, tiles: Any) -> Any:
     """Scale float grey levels 0..255 (n, y, x, 3) as keras.applications defines it for the network."""
-    module = importlib.import_module(f"keras.applications.{NETWORKS[network.name]}")
-    return module.preprocess_input(tiles)
+    import keras
+
+    return getattr(keras.applications, NETWORKS[network.name]).preprocess_input(tiles)
 
 
 def _load_weights(backbone: Any, path: Path, network: Network) -> None:
@@ -235,7 +266,7 @@ def _text(name: Any) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
 
 
-def _shapes(shapes: list[tuple[int, ...]]) -> str:
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 

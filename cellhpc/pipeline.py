@@ -22,7 +22,7 @@ from cellhpc.tiles import Store
 
 STAGES = ("convert", "train", "aggregate")
 FILES_OF_A_RUN = 5
-"""Who does it, history, predictions, record and marker."""
+"""Who does it, history, predictions, record and marker; its weights, if they are kept, are one more."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StudyPlan:
                 * len(self.conversion.channels)
                 * max(tile_sizes_px(self.job)) ** 2,
                 "ranks": sweep.ranks,
-                "files": len(self.runs) * FILES_OF_A_RUN,
+                "files": len(self.runs) * (FILES_OF_A_RUN + sweep.keep_weights),
             },
         }
 

@@ -318,6 +318,9 @@ class SweepSettings(Settings):
     as the site file's `train.throttle` lets run at a time."""
     checkpoint_minutes: float = Field(10.0, gt=0)
     """How often a run leaves a checkpoint, besides the one when it is told to stop: what a power cut can cost."""
+    keep_weights: bool = False
+    """A finished run keeps its weights, `weights.npz`, for `cellhpc features` and people's own use; runs that were done
+    before have none."""
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Self:

@@ -27,9 +27,9 @@ from cellhpc.checkpoint import Interrupted, Keeper, Progress, Variables
 from cellhpc.data import Data, load_data
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
-from cellhpc.inputs import mix
+from cellhpc.inputs import mix, prepare
 from cellhpc.ledger import provenance
-from cellhpc.networks import Network, build, parse_network, scale_input
+from cellhpc.networks import Network, build, named_weights, parse_network
 from cellhpc.ranks import Ranks
 from cellhpc.scores import levels
 from cellhpc.settings import TrainSettings
@@ -60,12 +60,15 @@ class Watch:
         Set it on any rank: all ranks stop after the same step, with a checkpoint.
     checkpoint_seconds
         A checkpoint is written when the last one is older.
+    keep_weights
+        A run that is finished keeps its weights.
     steps_done
         Steps that this process has done, of all its runs.
     """
 
     stop_asked: bool = False
     checkpoint_seconds: float = 600.0
+    keep_weights: bool = False
     steps_done: int = 0
 
 
@@ -116,14 +119,10 @@ class Trainer:
         from cellhpc.augment import augment, orient
 
         settings, model, ranks = self.settings, self.model, self.ranks
-        side, (channels, inputs) = self._side_px, self._mix.shape
+        side, channels = self._side_px, len(self.data.channels)
 
-        def prepare(tiles: Any) -> Any:
-            if settings.inputs:
-                tiles = tf.einsum("nyxc,ci->nyxi", tiles, self._mix)
-            else:
-                tiles = tf.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, inputs - channels)))
-            return scale_input(self.network, tiles) if settings.input_scaling == "keras" else tiles
+        def seen(tiles: Any) -> Any:
+            return prepare(tiles, self.data.channels, settings.inputs, self.network, settings.input_scaling)
 
         @tf.function(
             input_signature=[
@@ -135,7 +134,7 @@ class Trainer:
             ]
         )
         def step(tiles: Any, targets: Any, weights: Any, seed: Any, asked: Any) -> Any:
-            tiles = prepare(augment(tf.cast(tiles, tf.float32), settings.augment, seed))
+            tiles = seen(augment(tf.cast(tiles, tf.float32), settings.augment, seed))
             with tf.GradientTape() as tape:
                 logits = model(tiles, training=True)
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
@@ -152,7 +151,7 @@ class Trainer:
             orientations = range(8) if settings.predict_rotations else range(1)
             count = tf.shape(tiles)[0]
             views = [
-                tf.nn.softmax(model(prepare(orient(tiles, tf.fill((count,), k))), training=False)) for k in orientations
+                tf.nn.softmax(model(seen(orient(tiles, tf.fill((count,), k))), training=False)) for k in orientations
             ]
             return tf.add_n(views) / float(len(orientations))
 
@@ -349,7 +348,8 @@ def train_run(
         return
     keeper = Keeper(unit, run.digest, trainer.variables, about)
     _, predictions = trainer.fit(run, folds, keeper, watch)
-    keeper.publish(predictions, lambda: _record(trainer, run, folds))
+    weights = named_weights(trainer.model) if watch and watch.keep_weights else {}
+    keeper.publish(predictions, lambda: _record(trainer, run, folds), weights)
 
 
 def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def fill_disk() -> None:
 with joined() as ranks:
     trainer = Trainer(NETWORK, data, settings, ranks)
     if "whole" in parts:
-        train_run(trainer, dataclasses.replace(run, id="whole"), folds, folder)
+        train_run(trainer, dataclasses.replace(run, id="whole"), folds, folder, Watch(keep_weights=True))
     if "interrupted" in parts:
         seen["ends"] = ends = []
         for rank, watch in (
@@ -85,5 +85,5 @@ with joined() as ranks:
             print("SAW " + json.dumps(seen), flush=True)
             os._exit(0)
     if "rest" in parts:
-        train_run(trainer, run, folds, folder)
+        train_run(trainer, run, folds, folder, Watch(keep_weights=True))
 print("SAW " + json.dumps(seen))

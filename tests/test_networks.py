@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from cellhpc.errors import DataError, UsageError
-from cellhpc.networks import NETWORKS, Network, build, initialisation, parse_network, scale_input, weights_digest
+from cellhpc.networks import (
+    NETWORKS,
+    Network,
+    build,
+    initialisation,
+    named_weights,
+    parse_network,
+    scale_input,
+    set_weights,
+    weights_digest,
+)
 
 PAPER = ["ResNet50", "InceptionV3", "InceptionResNetV2"]
 SMALL = Network("MobileNet", (("alpha", 0.25),))
@@ -128,6 +138,20 @@ def test_xavier_is_seeded() -> None:
 
     assert np.array_equal(kernel(1), kernel(1))
     assert not np.array_equal(kernel(1), kernel(2))
+
+
+def test_kept_weights_of_another_network_or_a_torn_file_are_refused(tmp_path: Path) -> None:
+    wide, narrow = build(Network("MobileNet", (("alpha", 0.5),)), 64, 3, 6, "xavier"), build(SMALL, 64, 3, 6, "xavier")
+    path = tmp_path / "weights.npz"
+    np.savez(path, **named_weights(wide))
+    with pytest.raises(DataError, match=r"are not those of MobileNet_alpha0_25\.\n  - 0000-kernel 3x3x3x8 here, .*x16"):
+        set_weights(narrow, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"weights.npz: can't be read as kept weights"):
+        set_weights(wide, path)
+    path.write_bytes(whole)
+    set_weights(wide, path)
 
 
 def test_input_scaling_is_the_networks_own() -> None:

@@ -38,6 +38,7 @@ networks = ["MobileNet(alpha=0.25)"]
 weights = ["xavier"]
 tile_px = 32
 ranks = 2
+keep_weights = true
 """
 
 
@@ -88,6 +89,7 @@ def test_one_command_from_raw_plates_to_a_scored_result_on_two_ranks(finished: t
         record = read_json(run / "run.json")
         assert record["ranks"] == 2
         predicted = pd.read_parquet(run / "predictions.parquet")
+        assert (run / "weights.npz").is_file()
         assert set(predicted["compound"]) == set(record["fold"]["held_out"])
     for name in ("confusion.png", "learning-curves.png", "report.html"):
         assert (folder / "study" / "results" / name).stat().st_size > 5000

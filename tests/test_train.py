@@ -4,14 +4,16 @@ import dataclasses
 import resource
 from pathlib import Path
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
 
 from cellhpc.attempts import Superseded, finished
-from cellhpc.checkpoint import CHECKPOINT, read_checkpoint
+from cellhpc.checkpoint import CHECKPOINT, WEIGHTS, read_checkpoint
 from cellhpc.errors import UserError
 from cellhpc.ledger import read_json
+from cellhpc.networks import set_weights
 from cellhpc.ranks import OneRank
 from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, _learning_rate, train_run
 from tests import small
@@ -106,6 +108,54 @@ def test_a_run_leaves_its_record_and_is_not_done_twice(trainer: Trainer, tmp_pat
     assert snapshot(tmp_path / run.id) == before
 
 
+class TestKeptWeights:
+    def test_they_predict_what_the_run_predicted_and_are_the_same_after_a_stop(
+        self, either: Trainer, tmp_path: Path
+    ) -> None:
+        data, folds = small.data(per_compound=len(either.data.tiles) // 9)
+        run = small.run(folds, either.network.text)
+        train_run(either, run, folds, tmp_path / "whole", Watch(keep_weights=True))
+        watch = small.After(2)
+        watch.keep_weights = True
+        with pytest.raises(Interrupted):
+            train_run(either, run, folds, tmp_path / "parts", watch)
+        assert not list((tmp_path / "parts").rglob(WEIGHTS))
+        train_run(either, run, folds, tmp_path / "parts", Watch(keep_weights=True))
+        kept, again = (outputs(tmp_path / part / run.id) / WEIGHTS for part in ("whole", "parts"))
+        assert kept.read_bytes() == again.read_bytes()
+        other = Trainer(either.network.text, data, either.settings, OneRank())
+        set_weights(other.model, kept)
+        predicted = other.predict(np.flatnonzero(folds.held_out(data.tiles, run.fold)))
+        said = pd.read_parquet(kept.with_name("predictions.parquet"))
+        pd.testing.assert_frame_equal(predicted, said, check_exact=True)
+
+    def test_they_are_keras_own_in_their_order(self, trainer: Trainer, tmp_path: Path) -> None:
+        """As the README says, with NumPy and Keras alone."""
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        train_run(trainer, run, folds, tmp_path, Watch(keep_weights=True))
+        backbone = keras.applications.MobileNet(
+            alpha=0.25, include_top=False, weights=None, pooling="avg", input_shape=(32, 32, 3)
+        )
+        model = keras.Model(backbone.input, keras.layers.Dense(3)(backbone.output))
+        with np.load(outputs(tmp_path / run.id) / WEIGHTS) as file:
+            model.set_weights([file[name] for name in file.files])
+        tiles = trainer.data.pixels.astype(np.float32)
+        assert np.array_equal(model(tiles, training=False), trainer.model(tiles, training=False))
+
+    def test_a_full_disk_is_told_and_the_run_is_not_done(self, trainer: Trainer, tmp_path: Path) -> None:
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # stands for the disk
+        try:
+            with pytest.raises(UserError, match=r"001/weights.npz can't be written: File too large\."):
+                train_run(trainer, run, folds, tmp_path, Watch(keep_weights=True))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert finished(tmp_path / run.id) is None
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where() -> None:
     data, folds = small.data()
     settings = small.SETTINGS.model_copy(update={"learning_rate": 1e30})
@@ -149,6 +199,8 @@ class TestInterruptions:
         assert (unit / "007" / CHECKPOINT).exists()
         start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest")
         same_run(outputs(tmp_path / "whole"), outputs(unit))
+        kept = [(outputs(folder) / WEIGHTS).read_bytes() for folder in (tmp_path / "whole", unit)]
+        assert kept[0] == kept[1]
         record = read_json(outputs(unit) / "run.json")
         assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
 
