@@ -4,7 +4,9 @@ A checkpoint is one file of numbers (`checkpoint.npz`, never a pickle) in the fo
 and the optimiser, which are the same on all ranks; for each rank its own moving statistics, which differ within an
 epoch, and states of its dropout; and where the run is. Order of the tiles and augmentation follow from seed and step.
 
-What is written here is written by rank 0 while the other ranks wait: none ends before the file is on disk.
+What is written here is written by rank 0. A checkpoint is written by a thread while the steps go on, from a copy of the
+variables; what went wrong is told with the next thing that is written. When the ranks are to stop they wait for it:
+none ends before the file is on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import platform
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +92,8 @@ class Variables:
         """Values by name, for rank 0: `shared-i`, and `own-i` (ranks, ...) of each rank. All ranks call it."""
         arrays = {}
         if self.ranks.rank == 0:
-            arrays = {f"shared-{number}": variable.numpy() for number, variable in enumerate(self.shared)}
+            # Copies: the next steps change the variables while these are being written.
+            arrays = {f"shared-{number}": variable.numpy().copy() for number, variable in enumerate(self.shared)}
         values = [variable.numpy() for variable in self.own]
         if values:
             rows = self.ranks.gather(_pack([value[None] for value in values]))
@@ -144,6 +148,8 @@ class Keeper:
         self._began = self._written_at = time.monotonic()
         self._before = {"seconds": 0.0, "interruptions": 0}
         self.attempt: Attempt | None = None  # of rank 0
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
         def claim() -> None:
             self.attempt = Attempt.claim(unit, digest, {"ranks": self.ranks.size, **(about or {})})
@@ -179,15 +185,24 @@ class Keeper:
             raise UserError(f"rank 0 can't write in {self.unit}")
 
     def is_due(self, every_seconds: float) -> bool:
-        """Tell whether the last checkpoint is older than that; rank 0 asks for a new one."""
-        return self.ranks.rank == 0 and time.monotonic() - self._written_at > every_seconds
+        """Tell whether the last checkpoint is older than that, and written; rank 0 asks for a new one."""
+        busy = self._writing is not None and not self._writing.done()
+        return self.ranks.rank == 0 and not busy and time.monotonic() - self._written_at > every_seconds
 
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:
         """Write the history of the epochs."""
         self.by_rank_0(lambda: self._claimed.write_json("history.json", {"epochs": history}))
 
-    def write_checkpoint(self, progress: Progress) -> None:
-        """Write a checkpoint, and note in the progress what it cost."""
+    def write_checkpoint(self, progress: Progress, wait: bool = False) -> None:
+        """Begin to write a checkpoint, and note in the progress what the steps waited for it.
+
+        Parameters
+        ----------
+        progress
+            Where the run is.
+        wait
+            Return when it is on the disk.
+        """
         began = time.monotonic()
         arrays = self.variables.collect()
         about = {"format": FORMAT, "digest": self.digest, "ranks": self.ranks.size}
@@ -200,7 +215,13 @@ class Keeper:
             for folder in [folder for folder in self._claimed.earlier() if (folder / CHECKPOINT).exists()][1:]:
                 (folder / CHECKPOINT).unlink(missing_ok=True)
 
-        self.by_rank_0(write)
+        def begin() -> None:
+            self._wait()
+            self._writing = self._thread.submit(write)
+            if wait:
+                self._wait()
+
+        self.by_rank_0(begin)
         self._written_at = time.monotonic()
         progress.checkpoint_seconds += self._written_at - began
 
@@ -237,6 +258,7 @@ class Keeper:
         """
 
         def write() -> None:
+            self._wait()
             attempt = self._claimed
             attempt.write_table("predictions.parquet", predictions)
             if weights:
@@ -249,6 +271,11 @@ class Keeper:
             (attempt.folder / CHECKPOINT).unlink(missing_ok=True)
 
         self.by_rank_0(write)
+
+    def _wait(self) -> None:
+        """Return when the last checkpoint is written, or raise what went wrong with it."""
+        if self._writing is not None:
+            self._writing.result()
 
     def _until_now(self) -> dict[str, Any]:
         """Count what led here: seconds, without what was lost, and how often the run was continued."""

@@ -259,7 +259,7 @@ class Trainer:
             at.seconds += time.perf_counter() - began
             watch.steps_done += 1
             if keeper and (stop or save):
-                keeper.write_checkpoint(at)
+                keeper.write_checkpoint(at, wait=bool(stop))
             if stop:
                 raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
 

@@ -4,7 +4,8 @@ MobileNet-0.25 with ImageNet weights on the fields of jobs/bbbc021_subset.toml, 
 and averaged over eight orientations; scored by logistic regression and by nearest neighbours. Nothing of it was chosen
 on inner compounds: of logistic regression, the figures at 224 pixels were looked at for ten settings. With features
 divided by one number, C = 1 and balanced labels, as here: 55 of 55 treatments, 545 fields, 48 of 49 with the batch out;
-with each feature scaled to deviation 1: 54, 502, 47 (C = 1), 54, 509, 48 (C = 0.1) and 53, 512, 48 (C = 0.01). Needs CELLHPC_DATA.
+with each feature scaled to deviation 1: 54, 502, 47 (C = 1), 54, 509, 48 (C = 0.1) and 53, 512, 48 (C = 0.01).
+Needs CELLHPC_DATA.
 """
 
 from __future__ import annotations
