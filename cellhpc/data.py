@@ -21,7 +21,7 @@ import pandas as pd
 from cellhpc.errors import UsageError, UserError
 from cellhpc.feed import Pixels
 from cellhpc.folds import Folds
-from cellhpc.memory import Allowed, allowed
+from cellhpc.memory import Allowed, allowed, held_bytes, too_large
 from cellhpc.ranks import OneRank, Ranks
 from cellhpc.shards import Shards
 from cellhpc.shared import all_well, peers, share
@@ -106,26 +106,6 @@ def load_data(
         _stream(shards, ranks, mine, limit, window_tiles, stage)
         pixels = shards
     return Data(pixels, tiles, folds.classes, store.channels, folds.by)
-
-
-def held_bytes(tiles: int, tile_bytes: int, window_tiles: int | None) -> int:
-    """Bytes of tiles that a host holds: all of them, or two windows."""
-    return tile_bytes * (tiles if window_tiles is None else 2 * min(tiles, window_tiles))
-
-
-def too_large(needed: int, tile_bytes: int, limit: Allowed, window_tiles: int | None, copies: int = 1) -> str:
-    """Say that tiles don't fit into memory, and what to type; empty when they do."""
-    if needed * copies <= limit.bytes:
-        return ""
-    fits = int(limit.bytes / copies / 2 / tile_bytes)
-    window = min(8192, 2 ** max(0, fits.bit_length() - 1))
-    what = "The tiles" if window_tiles is None else "Two windows of tiles"
-    times = f" in each of {copies} ranks" if copies > 1 else ""
-    return (
-        f"{what} take {needed / 1e9:,.2f} GB{times} on a host, and {limit.bytes / 1e9:,.2f} GB are for them "
-        f"({limit.why}). Read them in windows with --set train.window_tiles={window}, in a new study.folder with "
-        "convert.store of this one; or, with more memory, change --set sweep.memory_gb=GB."
-    )
 
 
 def _hold(shards: Shards, ranks: Ranks, mine: Sequence[int], limit: Allowed) -> np.ndarray:

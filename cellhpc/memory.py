@@ -1,4 +1,4 @@
-"""How much memory the processes of a job may use on a host, and what of it is for tiles."""
+"""Memory for tiles: how much a job may use of it on a host, and whether its tiles fit."""
 
 from __future__ import annotations
 
@@ -45,6 +45,26 @@ def memory_here() -> tuple[float, str]:
     limits = [(float(psutil.virtual_memory().total), "this machine"), *_of_slurm(os.environ)]
     limits += [(float(size), "the control group") for size in _of_groups(Path("/proc/self/cgroup"))]
     return min(limits)
+
+
+def held_bytes(tiles: int, tile_bytes: int, window_tiles: int | None) -> int:
+    """Bytes of tiles that a host holds: all of them, or two windows."""
+    return tile_bytes * (tiles if window_tiles is None else 2 * min(tiles, window_tiles))
+
+
+def too_large(needed: int, tile_bytes: int, limit: Allowed, window_tiles: int | None, copies: int = 1) -> str:
+    """Say that tiles don't fit into memory, and what to type; empty when they do."""
+    if needed * copies <= limit.bytes:
+        return ""
+    fits = int(limit.bytes / 2 / tile_bytes)
+    window = min(8192, 2 ** max(0, fits.bit_length() - 1))
+    what = "The tiles" if window_tiles is None else "Two windows of tiles"
+    times = f" in each of {copies} ranks" if copies > 1 else ""
+    return (
+        f"{what} take {needed / 1e9:,.2f} GB{times} on a host, and {limit.bytes / 1e9:,.2f} GB are for them "
+        f"({limit.why}). Read them in windows with --set train.window_tiles={window}, in a new study.folder with "
+        "convert.store of this one; or, with more memory, change --set sweep.memory_gb=GB."
+    )
 
 
 def _of_slurm(environ: os._Environ[str] | dict[str, str]) -> list[tuple[float, str]]:
