@@ -68,7 +68,7 @@ def feed(
         while one is fetched is raised where it is asked for.
     """
     windows = [batches[max(first, start) : first + together] for first in range(0, len(batches), together)]
-    windows = windows[start // together :]
+    windows = [window for window in windows if window]
     most = max((sum(map(len, window)) for window in windows), default=0)
     # Two in turn: one is filled while the batches of the other are used.
     buffers = [np.empty((most, *pixels.shape[1:]), np.uint8) for _ in windows[:2]]
