@@ -237,7 +237,7 @@ class Trainer:
         share = settings.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         together = whole_batches(settings.window_tiles, settings.batch_size)
-        order = shuffle(self.data.pixels, training, [run.seed, at.epoch], together * settings.batch_size)
+        order = shuffle(self.data.pixels, training, [run.seed, at.epoch], settings.batch_size, together)
         # Repeats tiles only where there are fewer than one batch.
         order = np.resize(order, (steps, settings.batch_size))[:, mine]
         with feed(self.data.pixels, list(order), together, at.step) as fetched:

@@ -13,7 +13,7 @@ from cellhpc import train
 from cellhpc.codecs import CODECS
 from cellhpc.data import Data, load_data
 from cellhpc.errors import DataError
-from cellhpc.feed import feed, shuffle, whole_batches
+from cellhpc.feed import feed, shuffle, whole_batches, windows
 from cellhpc.folds import Folds
 from cellhpc.ranks import OneRank
 from cellhpc.shards import Shards
@@ -49,7 +49,7 @@ class TestOrder:
     def test_in_memory_it_is_drawn_over_all_tiles(self, held: Data) -> None:
         """The order of all runs that were made before there were windows."""
         rows = np.arange(3, 40)
-        drawn = shuffle(held.pixels, rows, [7, 2], window=4)
+        drawn = shuffle(held.pixels, rows, [7, 2], 4, 1)
         assert drawn.tolist() == np.random.default_rng([7, 2]).permutation(rows).tolist()
 
     def test_windows_hold_each_tile_once_and_few_shards(self, streamed: Data) -> None:
@@ -57,17 +57,23 @@ class TestOrder:
         assert isinstance(pixels, Shards)
         assert np.bincount(pixels.shard).tolist() == [4] * 18
         rows = np.delete(np.arange(72), np.arange(8, 16))
-        drawn = shuffle(pixels, rows, [0, 1], window=20)
+        drawn = shuffle(pixels, rows, [0, 1], 4, 5)
         assert sorted(drawn) == rows.tolist()
-        windows = [pixels.shard[drawn[start : start + 20]] for start in range(0, 64, 20)]
-        assert [len(set(shards)) for shards in windows] == [5, 5, 5, 1]
-        assert all((np.diff(shards) != 0).sum() > len(set(shards)) for shards in windows[:3])  # shuffled within
-        assert drawn.tolist() == shuffle(pixels, rows, [0, 1], window=20).tolist()
-        others = [shuffle(pixels, rows, seed, window=20) for seed in ([0, 2], [1, 1])]
-        assert all(set(pixels.shard[other[:20]]) != set(windows[0]) for other in others)
+        cut = [slice(4 * one.start, 4 * one.stop) for one in windows(16, 5)]
+        shards = [pixels.shard[drawn[window]] for window in cut]
+        assert [len(set(some)) for some in shards] == [1, 2, 5, 5, 3]
+        assert all((np.diff(some) != 0).sum() >= len(set(some)) for some in shards[1:])  # shuffled within
+        assert drawn.tolist() == shuffle(pixels, rows, [0, 1], 4, 5).tolist()
+        others = [shuffle(pixels, rows, seed, 4, 5) for seed in ([0, 2], [1, 1])]
+        assert all(set(pixels.shard[other[cut[2]]]) != set(shards[2]) for other in others)
 
     def test_windows_are_whole_batches(self) -> None:
         assert [whole_batches(window, 16) for window in (None, 1, 16, 40)] == [1, 1, 1, 2]
+
+    def test_an_epoch_begins_with_smaller_windows(self) -> None:
+        cuts = {size: [one.stop - one.start for one in windows(40, size)] for size in (1, 2, 8, 16)}
+        assert cuts == {1: [1] * 40, 2: [1] + [2] * 20, 8: [1, 1, 2, 4, *[8] * 4], 16: [2, 2, 4, 8, 16, 16]}
+        assert windows(0, 5) == []
 
 
 class TestFeed:
@@ -125,7 +131,7 @@ class TestFeed:
         shards = Shards(tmp_path, pd.DataFrame({"plate": "A", "row": range(len(pixels))}), tile)
 
         def peak_of(count: int) -> int:
-            rows = shuffle(shards, np.arange(count), [0], window)
+            rows = shuffle(shards, np.arange(count), [0], 4, window // 4)
             tracemalloc.start()
             with feed(shards, batches(rows, 4), window // 4) as fetched:
                 for _ in fetched:
@@ -134,8 +140,8 @@ class TestFeed:
             tracemalloc.stop()
             return peak
 
-        windows = 2 * window * pixels[0].nbytes
-        assert windows < peak_of(len(pixels)) < 1.3 * windows  # threads hold a compressed tile each
+        two = 2 * window * pixels[0].nbytes
+        assert two < peak_of(len(pixels)) < 1.3 * two  # threads hold a compressed tile each
         assert peak_of(len(pixels)) < 1.1 * peak_of(2 * window)
 
 
@@ -176,12 +182,12 @@ class TestTraining:
         folds = study[1]
         run = small.run(folds, MOBILENET)
         train_run(trainer, run, folds, tmp_path / "whole")
-        for after in (4, 1):  # in the third and in the last of four windows, which are two steps each
+        for after in (3, 2):  # in the third of the windows, and before the last; they are of 1, 2, 2, 2 and 1 steps
             with pytest.raises(Interrupted):
                 train_run(trainer, run, folds, tmp_path / "parts", small.After(after))
         decoded = spied(monkeypatch)
         with pytest.raises(Interrupted):
             train_run(trainer, run, folds, tmp_path / "parts", small.After(0))  # at the end of the epoch
         train_run(trainer, run, folds, tmp_path / "parts")
-        assert decoded == [8, 8, 16, 16, 16, 16, 8]  # the last step, predictions, an epoch, predictions
+        assert decoded == [8, 8, 8, 16, 16, 16, 8, 8]  # the last step, predictions, an epoch, predictions
         same_run(outputs(tmp_path / "whole" / run.id), outputs(tmp_path / "parts" / run.id))
