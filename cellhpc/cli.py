@@ -389,7 +389,8 @@ def _stages(
         if test_only:
             click.echo("\n".join(planned.test()) or "Nothing is to be submitted.")
         else:
-            _answer(planned.facts(), as_json, lambda: click.echo(f"{planned.study.render(stages)}\n{planned.render()}"))
+            text = planned.study.render(stages, planned.memory)
+            _answer(planned.facts(), as_json, lambda: click.echo(f"{text}\n{planned.render()}"))
         return
     _submitted(*drive.submit_study(job, site, stages), as_json)
 

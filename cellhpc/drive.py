@@ -18,6 +18,7 @@ from cellhpc.batch import UMASKS, Batch, image_digest, plan_batches, submit
 from cellhpc.errors import UsageError, UserError, listing
 from cellhpc.launch import run_here
 from cellhpc.ledger import read_json, write_json
+from cellhpc.memory import Allowed, allowed
 from cellhpc.pipeline import STAGES, StudyPlan, aggregate_study, check_networks, claim_study, convert_study, plan_study
 from cellhpc.progress import progress
 from cellhpc.settings import Job
@@ -172,6 +173,12 @@ class SubmissionPlan:
     superseded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def memory(self) -> Allowed:
+        """Memory for tiles on a node that trains."""
+        whole = (self.site.train.memory_gb * 1e9, "train.memory_gb of the site file")
+        return allowed(self.study.job.sweep.memory_gb, whole)
+
     def batches(self, folder: Path | None = None, known_as: str = "") -> list[Batch]:
         """List the calls of sbatch that carry out the tasks, for the submission in `folder` of this id."""
         study = self.study
@@ -186,7 +193,7 @@ class SubmissionPlan:
         ranks = sum(task.ranks for task in self.tasks)
         seconds, source = self.estimate()
         return {
-            **self.study.facts(),
+            **self.study.facts(self.memory),
             "slurm": {
                 "jobs": jobs,
                 "tasks": tasks,

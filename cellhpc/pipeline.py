@@ -12,6 +12,7 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
 from cellhpc.inputs import mix
 from cellhpc.ledger import done_digest, read_json, write_json
+from cellhpc.memory import Allowed, allowed, held_bytes, too_large
 from cellhpc.networks import check
 from cellhpc.record import finished_plates
 from cellhpc.screens import Screen, read_screen, require_sound
@@ -67,10 +68,16 @@ class StudyPlan:
         )
         return sum(batches) * self.job.train.epochs
 
-    def facts(self) -> dict[str, Any]:
-        """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training."""
-        sweep = self.job.sweep
+    def facts(self, limit: Allowed | None = None) -> dict[str, Any]:
+        """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training.
+
+        `limit` is the memory for tiles on a host that trains; by default what may be used here.
+        """
+        sweep, window = self.job.sweep, self.job.train.window_tiles
         totals = self.conversion.totals()
+        limit = limit or allowed(sweep.memory_gb, jobs=sweep.parallel_jobs)
+        tile_bytes = len(self.conversion.channels) * max(tile_sizes_px(self.job)) ** 2
+        held = held_bytes(totals["tiles"], tile_bytes, window)
         return {
             "study": self.job.study.name,
             "folder": str(self.folder.path),
@@ -85,17 +92,18 @@ class StudyPlan:
                 "runs": len(self.runs),
                 "runs_missing": len(self.missing),
                 "steps_missing": self.steps,
-                "tiles_in_memory_bytes": totals["tiles"]
-                * len(self.conversion.channels)
-                * max(tile_sizes_px(self.job)) ** 2,
+                "tiles_in_memory_bytes": held,
+                "memory_for_tiles_bytes": int(limit.bytes),
+                "memory_for_tiles": limit.why,
+                "tiles_too_large": too_large(held, tile_bytes, limit, window),
                 "ranks": sweep.ranks,
                 "files": len(self.runs) * (FILES_OF_A_RUN + sweep.keep_weights),
             },
         }
 
-    def render(self, stages: Sequence[str] = STAGES) -> str:
-        """Tell the plan of these stages in a few lines, for `--dry-run`."""
-        facts = self.facts()
+    def render(self, stages: Sequence[str] = STAGES, limit: Allowed | None = None) -> str:
+        """Tell the plan of these stages in a few lines, for `--dry-run`; `limit` as in `facts`."""
+        facts = self.facts(limit)
         training = facts["training"]
         dropped = f"; dropped: {', '.join(self.folds.dropped)}" if self.folds.dropped else ""
         lines = [f"Plan of {self.job.study.name} in {self.folder.path}. Nothing has been written."]
@@ -109,8 +117,10 @@ class StudyPlan:
                 f"Train {' and '.join(training['networks'])} from {' and '.join(training['weights'])}",
                 f"  runs    {training['runs']:,}, of which {training['runs_missing']:,} are missing",
                 f"  steps   {training['steps_missing']:,} of {self.job.train.batch_size} tiles at most",
-                f"  memory  {training['ranks']} rank(s) for each run; "
-                f"tiles in memory of a rank: {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most",
+                f"  ranks   {training['ranks']} for each run",
+                f"  memory  of tiles on a host {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most, and "
+                f"{training['memory_for_tiles_bytes'] / 1e6:,.0f} MB are for them ({training['memory_for_tiles']})",
+                *([f"          {training['tiles_too_large']}"] if training["tiles_too_large"] else []),
                 f"  write   about {training['files']:,} files",
             ]
         return "\n".join(lines)

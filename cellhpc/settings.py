@@ -296,6 +296,9 @@ class TrainSettings(Settings):
     """Momentum of the moving statistics of batch normalisation; by default the network's own (often 0.99)."""
     predict_rotations: bool = False
     """Average the predictions of a tile over its eight rotations and mirrors."""
+    window_tiles: int | None = Field(None, ge=1)
+    """Tiles of a shuffled window, for tiles that don't fit into memory: these are read from their shards, a window
+    after the other, and a host holds two of them; the more, the better shuffled. By default all tiles are in memory."""
 
 
 class SweepSettings(Settings):
@@ -316,6 +319,11 @@ class SweepSettings(Settings):
     runs_per_job: int = Field(0, ge=0)
     """Runs that share a job's processes; 0 divides the runs evenly among `parallel_jobs`, on Slurm among as many jobs
     as the site file's `train.throttle` lets run at a time."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory for tiles on a host; by default 60 % of what a job may use there."""
+    stage: bool = False
+    """With `train.window_tiles`: copy the shards to the node's scratch first, once a host. It is `$TMPDIR`, or the site
+    file's `scratch.folder`. Tiles in memory are read only once, and never copied."""
     checkpoint_minutes: float = Field(10.0, gt=0)
     """How often a run leaves a checkpoint, besides the one when it is told to stop: what a power cut can cost."""
     keep_weights: bool = False

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import zarr
 
-from cellhpc.errors import DataError, UsageError, listing
+from cellhpc.errors import UsageError, listing
 from cellhpc.record import ARRAYS, FIELDS, TILES, content_digest, finished_plates, plate_folder, read_identity
+from cellhpc.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -110,36 +110,16 @@ class Store:
         DataError
             A shard is missing or damaged.
         """
+        shards = self.shards(tiles, tile_px)
+        pixels = np.empty(shards.shape, np.uint8)
+        shards.decode(np.arange(len(tiles)), pixels)
+        return pixels
+
+    def shards(self, tiles: pd.DataFrame, tile_px: int) -> Shards:
+        """Find tiles in their shards, to decode them later: parameters and errors as those of `read`."""
         if tile_px not in self.tile_sizes_px:
             raise UsageError(
                 f"{self.folder} holds tiles of {listing(self.tile_sizes_px)} pixels, none of {tile_px}. "
                 "Choose another folder with --set convert.store=FOLDER, then type: cellhpc convert JOB.toml"
             )
-        plates, rows = tiles["plate"].to_numpy(), tiles["row"].to_numpy()
-        pixels = np.empty((len(tiles), tile_px, tile_px, len(self.channels)), np.uint8)
-        for plate in pd.unique(plates):
-            folder = self.folder / ARRAYS / plate / f"tiles_{tile_px}"
-            array = zarr.open_array(folder, mode="r")
-            mine = np.flatnonzero(plates == plate)
-            mine = mine[np.argsort(rows[mine], kind="stable")]
-            shards = rows[mine] // (array.shards or array.shape)[0]
-            for part in np.split(mine, np.flatnonzero(np.diff(shards)) + 1):
-                try:
-                    pixels[part] = _read_shard(folder, array, rows[part])
-                except (OSError, ValueError, RuntimeError) as fault:
-                    raise DataError(
-                        f"{folder}: tiles {rows[part][0]} to {rows[part][-1]} can't be read: {fault}",
-                        remedy="Remove the store's folder, then type: cellhpc convert JOB.toml",
-                    ) from None
-        return pixels
-
-
-def _read_shard(folder: Path, array: zarr.Array, rows: np.ndarray) -> np.ndarray:
-    """Read tiles of one shard, in rising rows: the whole range if most of it is wanted, else each tile."""
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    shard = folder / f"c.{first // (array.shards or array.shape)[0]}.0.0.0"
-    if not shard.exists():
-        raise FileNotFoundError(f"{shard.name} is missing")  # Zarr would read it as zeros
-    if last - first <= 2 * len(rows):
-        return np.asarray(array[first:last])[rows - first]
-    return np.asarray(array.oindex[rows])
+        return Shards(self.folder / ARRAYS, tiles, (tile_px, tile_px, len(self.channels)))

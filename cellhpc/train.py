@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cellhpc.attempts import Superseded, finished
 from cellhpc.checkpoint import Interrupted, Keeper, Progress, Variables
 from cellhpc.data import Data, load_data
 from cellhpc.errors import UserError
+from cellhpc.feed import feed, shuffle, whole_batches
 from cellhpc.folds import Folds
 from cellhpc.inputs import mix, prepare
 from cellhpc.ledger import provenance
@@ -234,13 +235,28 @@ class Trainer:
         )
         share = settings.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        order = np.random.default_rng([run.seed, at.epoch]).permutation(training)
+        together = whole_batches(settings.window_tiles, settings.batch_size)
+        order = shuffle(self.data.pixels, training, [run.seed, at.epoch], settings.batch_size, together)
         # Repeats tiles only where there are fewer than one batch.
-        order = np.resize(order, steps * settings.batch_size)
+        order = np.resize(order, (steps, settings.batch_size))[:, mine]
+        with feed(self.data.pixels, list(order), together, at.step) as fetched:
+            self._train_steps(run, order, fetched, class_weights, at, keeper, watch)
+
+    def _train_steps(
+        self,
+        run: Run,
+        order: np.ndarray,
+        fetched: Iterator[np.ndarray],
+        class_weights: np.ndarray,
+        at: Progress,
+        keeper: Keeper | None,
+        watch: Watch,
+    ) -> None:
+        """Do the steps of an epoch with the batches that are fetched, of the tiles in `order` (steps, share)."""
+        settings, targets, steps = self.settings, self.data.targets, len(order)
         while at.step < steps:
             began = time.perf_counter()
-            batch = order[at.step * settings.batch_size :][: settings.batch_size][mine]
-            pixels, labels = self.data.pixels[batch], targets[batch]
+            pixels, labels = next(fetched), targets[order[at.step]]
             at.waiting_seconds += time.perf_counter() - began
             number = (at.epoch - 1) * steps + at.step
             self.optimizer.learning_rate.assign(_learning_rate(settings, number, steps * settings.epochs))
@@ -267,10 +283,10 @@ class Trainer:
         """Predict tiles by their row numbers (n,), shared by the ranks; every rank gets the whole table."""
         count, size = len(rows), self.ranks.size
         mine = rows[self.ranks.rank :: size]
-        parts = [
-            np.asarray(self._predict(self.data.pixels[mine[start : start + PREDICT_TILES]]))
-            for start in range(0, len(mine), PREDICT_TILES)
-        ]
+        batches = [mine[start : start + PREDICT_TILES] for start in range(0, len(mine), PREDICT_TILES)]
+        together = whole_batches(self.settings.window_tiles, PREDICT_TILES * size)
+        with feed(self.data.pixels, batches, together) as fetched:
+            parts = [np.asarray(self._predict(pixels)) for pixels in fetched]
         own = np.concatenate(parts) if parts else np.zeros((0, len(self.data.classes)), np.float32)
         gathered = self.ranks.gather(own)
         order = np.concatenate([np.arange(count)[rank::size] for rank in range(size)])

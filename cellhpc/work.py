@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import signal
@@ -31,6 +32,7 @@ from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
 from cellhpc.hosts import RANK, NotMet
 from cellhpc.ledger import Taken, provenance, read_json, write_json
+from cellhpc.memory import allowed
 from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
 from cellhpc.ranks import RankLost, Ranks, joined
@@ -188,12 +190,24 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     runs = [planned[name] for name in task.runs if name in planned]  # a sweep may have been cut since
     about = {"host": platform.node(), "pid": os.getpid(), "submission": submission.number, "task": task.name}
     about |= {"attempt": attempt.name, "job": _slurm_job()}
+    here = submission.executor == "here"  # the tasks of a submission share this host
+    limit = allowed(job.sweep.memory_gb, jobs=min(job.sweep.parallel_jobs, len(submission.tasks)) if here else 1)
     with joined() as ranks:
         group = _TrainingGroup(study, folds, ranks, watch, attempt, about)
         for tile_px, of_size in groupby(group.to_do(runs), key=lambda run: run.tile_px):
-            data = load_data(store, folds, tile_px)
+            data = load_data(
+                store,
+                folds,
+                tile_px,
+                ranks,
+                window_tiles=job.train.window_tiles,
+                stage=job.sweep.stage,
+                limit=limit,
+            )
             for network, own in groupby(of_size, key=lambda run: run.network):
                 group.train(functools.partial(Trainer, network, data, job.train, ranks), own)
+            del data  # before those of another size are read
+            gc.collect()  # a trainer and its graph refer to each other
         if group.failed and ranks.rank == 0:
             print(f"cellhpc: {len(group.failed)} run(s) failed: {', '.join(group.failed)}", flush=True)
         return group.failed

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
+from cellhpc.convert import convert, plan_conversion
 from cellhpc.folds import Folds, plan_folds
-from cellhpc.settings import FoldsSettings, TrainSettings
+from cellhpc.screens import Screen
+from cellhpc.settings import ConvertSettings, FoldsSettings, TrainSettings
 from cellhpc.sweep import Run
+from cellhpc.tiles import Store
 from cellhpc.train import Data, Watch
 
 CLASSES = ("dim", "middle", "bright")
+CHANNELS = ("dna", "tubulin", "actin")
 
 
 def tiles(per_compound: int = 8) -> pd.DataFrame:
@@ -39,7 +45,26 @@ def data(side_px: int = 32, per_compound: int = 8) -> tuple[Data, Folds]:
     level = table["label"].map({"dim": 40, "middle": 110, "bright": 190}).to_numpy()
     noise = random.normal(0, 12, (len(table), side_px, side_px, 3))
     pixels = np.clip(level[:, None, None, None] + noise, 0, 255).astype(np.uint8)
-    return Data(pixels, table, folds.classes, ("dna", "tubulin", "actin"), folds.by), folds
+    return Data(pixels, table, folds.classes, CHANNELS, folds.by), folds
+
+
+def store(folder: Path, shard_fields: int = 1) -> tuple[Store, Folds]:
+    """The same as a store: two fields of four tiles of 32 pixels for each compound, a plate for each third of them."""
+    folder.mkdir()
+    table = tiles().drop_duplicates(["compound", "field"], ignore_index=True)
+    table["plate"] = "P" + table["compound"].str[-1]
+    random = np.random.default_rng(0)
+    for number, label in enumerate(table["label"]):
+        level = {"dim": 60, "middle": 110, "bright": 190}[label]
+        for channel in CHANNELS:
+            grey = np.clip(random.normal(level, 12, (64, 64)), 0, 255).astype(np.uint8)
+            Image.fromarray(grey).save(folder / f"{number}-{channel}.png")
+            table.loc[number, f"file_{channel}"] = f"{number}-{channel}.png"
+    screen = Screen(table.drop(columns="tile"), CHANNELS, folder)
+    settings = ConvertSettings(preprocessing="none", shard_fields=shard_fields)
+    plan = plan_conversion(settings, screen, (32,), folder / "store")
+    convert(plan, workers=1)
+    return Store.open(plan.store), plan_folds(screen.fields, FoldsSettings())
 
 
 def run(folds: Folds, network: str, fold: int = 0, seed: int = 0, weights: str = "xavier", side_px: int = 32) -> Run:

@@ -250,6 +250,26 @@ def test_stages_one_by_one_give_what_one_command_gives(
     assert results_of(tmp_path)[0] == results_of(finished[0])[0]
 
 
+def test_tiles_that_do_not_fit_are_refused_and_come_in_windows_instead(
+    finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    job = job_file(tmp_path, raw)
+    store = finished[0] / "study" / "store"
+    small = [f"convert.store={store}", "train.epochs=1", "sweep.memory_gb=0.0005", "sweep.ranks=1"]
+    words = [word for one in small for word in ("--set", one)]
+    told = "Read them in windows with --set train.window_tiles=64, in a new study.folder"
+    assert told in cellhpc("train", job, *words, "--dry-run").stdout
+    refused = cellhpc("train", job, *words)
+    assert refused.returncode == 1
+    assert told in refused.stderr
+    assert "Traceback" not in refused.stderr
+    more = ("train.window_tiles=64", "sweep.stage=true", f"study.folder={tmp_path / 'windows'}")
+    done = cellhpc("run", job, *words, *(word for one in more for word in ("--set", one)))
+    assert done.returncode == 0, done.stderr
+    scores = read_json(tmp_path / "windows" / "results" / "scores.json")
+    assert scores["models"][0]["levels"]["tile"]["total"] == 6 * 3 * 4 * 4
+
+
 def test_a_study_of_another_job_file_is_refused(finished: tuple[Path, str], cellhpc: Cellhpc) -> None:
     refused = cellhpc("run", finished[0] / "job.toml", "--set", "train.epochs=3")
     assert refused.returncode == 2
