@@ -35,7 +35,7 @@ from cellhpc.errors import DataError, UserError
 from cellhpc.ledger import digest, read_json, write_json, write_text
 from cellhpc.ome import image_metadata, plate_metadata, well_metadata, well_path
 from cellhpc.pixels import FieldFormat
-from cellhpc.shard_writing import METADATA, remove_leftovers, write_shard
+from cellhpc.shards import METADATA, remove_leftovers, write_shard
 from cellhpc.wells import ROWS, Place, place
 
 FORMAT = 1

@@ -1,4 +1,7 @@
-"""Tiles in the shards of a store, decoded by threads outside of the interpreter's lock.
+"""Shards: written whole and under their names at once; their tiles decoded by threads outside of the lock of Python.
+
+Zarr writes a shard where it is to lie, and what is killed meanwhile leaves half of one. Here Zarr writes it into a
+hidden array beside, and it is moved when it is on the disk.
 
 Training from shards wants many single tiles, in any order. Zarr reads each through an event loop: on 2 cores 140 tiles
 of 224 pixels a second by their numbers, and 2,100 in whole shards, however many threads there are. A shard is a file,
@@ -10,28 +13,100 @@ decode 6,000, each straight into its place in a batch (`tests/bench/feed.py`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import shutil
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import pandas as pd
+import zarr
 from numcodecs import blosc
 
 from cellhpc.errors import DataError
 from cellhpc.ledger import read_json
 
+METADATA = "zarr.json"
 MOST_THREADS = 8
+_RUST, _PYTHON = "zarrs.ZarrsCodecPipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"
+_opening = threading.Lock()
 _ENTRY = np.dtype("<u8")
 _INDEX_ROW = 2 * _ENTRY.itemsize
 _CHECKSUM = 4
 _EMPTY = np.iinfo(_ENTRY).max
 """Offset of a chunk that isn't stored, as all of it is zero."""
+
+
+def write_shard(array: Path, name: str, region: Any, block: np.ndarray, beside: Path) -> dict[str, Any]:
+    """Write a shard, in place of what was there under its name.
+
+    Parameters
+    ----------
+    array
+        Folder of the array; its `zarr.json` is there.
+    name
+        File name of the shard in it, as `c.3.0.0.0`.
+    region
+        Index of the shard's part of the array; what it holds beyond `block` becomes the array's fill value.
+    block
+        Values of the region.
+    beside
+        Folder on the same file system for the hidden folder, `.NAME.*`, which a kill leaves behind.
+
+    Returns
+    -------
+    dict
+        Its `bytes`, and their `sha256`.
+
+    Raises
+    ------
+    OSError
+        It can't be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=beside) as temporary:
+        hidden = Path(temporary)
+        shutil.copyfile(array / METADATA, hidden / METADATA)
+        whole = _open(hidden, block)
+        try:
+            whole[region] = block
+        except RuntimeError as fault:  # zarrs' own of a full disk
+            raise OSError(str(fault)) from None
+        with (hidden / name).open("rb") as file:
+            os.fsync(file.fileno())
+            found = {
+                "bytes": os.fstat(file.fileno()).st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+        (hidden / name).replace(array / name)
+    return found
+
+
+def _open(array: Path, block: np.ndarray) -> zarr.Array:
+    """Open an array to write a block, by one thread for each call: a worker has as many tasks as threads.
+
+    Zarr's engine in Rust takes half the time. It writes nothing where all is zero, and a shard that is not there is
+    lost, and not taken for one of zeros: such a one is written by Zarr's own.
+    """
+    settings = {"codec_pipeline.path": _RUST if block.any() else _PYTHON, "threading.max_workers": 1}
+    with _opening, zarr.config.set(settings):  # the array keeps its engine
+        return zarr.open_array(array, mode="r+").with_config({"write_empty_chunks": True})
+
+
+def remove_leftovers(name: str, beside: Path) -> None:
+    """Remove what killed attempts at a shard left."""
+    for leftover in beside.glob(f".{name}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)  # somebody who was taken for dead may clean up as well
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -53,7 +128,7 @@ class Layout:
         """
         remedy = "Remove the store's folder, then type: cellhpc convert JOB.toml"
         try:
-            found = read_json(folder / "zarr.json")
+            found = read_json(folder / METADATA)
             (sharding,) = found["codecs"]
             shard, chunk = found["chunk_grid"]["configuration"]["chunk_shape"], sharding["configuration"]["chunk_shape"]
             codecs = [codec["name"] for codec in sharding["configuration"]["codecs"]]

@@ -27,7 +27,7 @@ from cellhpc.ledger import read_json, write_json
 from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
 from cellhpc.quality import Quality, measure
 from cellhpc.record import ARRAYS, plate_folder
-from cellhpc.shard_writing import remove_leftovers, write_shard
+from cellhpc.shards import remove_leftovers, write_shard
 
 STATISTICS, ILLUMINATION = "statistics", "illumination"
 """Names of the markers of a plate's own tasks; those of shards are their numbers."""
