@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 from pathlib import Path
 
@@ -151,6 +152,16 @@ class TestInterruptions:
         same_run(outputs(tmp_path / "whole"), outputs(unit))
         record = read_json(outputs(unit) / "run.json")
         assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
+
+    def test_two_ranks_with_many_options_are_stopped_after_every_step(self, tmp_path: Path) -> None:
+        settings = {
+            "trained": "head_first", "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 1.0, "dropout": 0.5,
+            "warmup_epochs": 0.5, "batch_norm": "synchronised", "precision": "bfloat16", "compression": "fp16",
+        }  # fmt: skip
+        arguments = ("whole", "stopped", json.dumps(settings))
+        first, _ = start_ranks("resume_program.py", 2, tmp_path / "meeting", tmp_path, *arguments)
+        assert first["stops"] == 12
+        same_run(outputs(tmp_path / "whole"), outputs(tmp_path / small.run(small.data()[1], MOBILENET).id))
 
     def test_checkpoints_are_written_when_they_are_due(self, trainer: Trainer, tmp_path: Path) -> None:
         _, folds = small.data()
