@@ -102,7 +102,8 @@ class Trainer:
         )
         self.variables = Variables(self.model, self.optimizer, ranks)
         graphs = Graphs(self.network, self.model, self.optimizer, self._mix, self._side_px, settings, ranks)
-        self._steps = {part: graphs.training(part) for part in {settings.part(1), settings.part(settings.epochs)}}
+        parts = dict.fromkeys((settings.part(1), settings.part(settings.epochs)))
+        self._steps = {part: graphs.training(part) for part in parts}
         self._predict = graphs.prediction()
 
     def _build(self, weights: str) -> Any:

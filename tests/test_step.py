@@ -147,7 +147,7 @@ def test_a_head_alone_is_softmax_regression_on_the_features_of_a_backbone_that_s
     odds = np.exp(seen[held_out] @ plain.values[0] + plain.values[1])
     assert np.allclose(losses, wanted, rtol=1e-4)
     assert np.allclose(probabilities, odds / odds.sum(1, keepdims=True), atol=1e-4)
-    assert losses[0] - losses[2] > 1e-2  # the tolerances are small against what was learnt
+    assert losses[0] - losses[2] > 5e-3  # the tolerances are small against what was learnt
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
