@@ -150,9 +150,8 @@ def test_a_head_alone_is_softmax_regression_on_the_features_of_a_backbone_that_s
     assert losses[0] - losses[2] > 5e-3  # the tolerances are small against what was learnt
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_what_is_frozen_has_neither_decay_nor_optimiser_until_all_is_trained(optimizer: str) -> None:
-    of = trainer(trained="head_first", head_epochs=2, epochs=3, optimizer=optimizer, weight_decay=0.1)
+def test_what_is_frozen_has_neither_decay_nor_optimiser_until_all_is_trained() -> None:
+    of = trainer(trained="head_first", head_epochs=2, epochs=3, optimizer="adamw", weight_decay=0.1)
     _, folds = small.data(per_compound=4)
     of._reset(small.run(folds, MOBILENET))
     start = weights_by_part(of)
@@ -170,24 +169,22 @@ def test_what_is_frozen_has_neither_decay_nor_optimiser_until_all_is_trained(opt
 
 
 def test_frozen_batch_normalisation_stays_and_all_else_learns() -> None:
-    of = trainer(batch_norm="frozen", weight_decay=0.1)
+    of = trainer(batch_norm="frozen", weight_decay=0.1, batch_size=32, epochs=1)
     _, folds = small.data(per_compound=4)
     of._reset(small.run(folds, MOBILENET))
     layers = [layer for layer in of.model.layers if layer.weights]
     start = [layer.get_weights() for layer in layers]
-    fit(of)
+    (loss,), _ = fit(of)
     for layer, before in zip(layers, start, strict=True):
         stayed = equal(before, layer.get_weights())
         assert all(stayed) if isinstance(layer, keras.layers.BatchNormalization) else not any(stayed), layer.name
-    losses, _ = fit(trainer(batch_norm="frozen", epochs=1, batch_size=32))
-    model = trainer(batch_norm="frozen").model
-    model.set_weights([array for before in start for array in before])  # the order of weights is not another one
+    # In training the network was the one that predicts.
+    of._reset(small.run(folds, MOBILENET))
     training = folds.training(of.data.tiles, folds.folds[0])
-    logits = model(of.data.pixels[training].astype(np.float32), training=False)
-    weights = np.bincount(of.data.targets[training])[of.data.targets[training]]
-    assert losses[0] == pytest.approx(
-        float(np.mean(len(weights) / 3 / weights * losses_of(of.data.targets[training], logits, 0.0))), rel=1e-5
-    )
+    logits = of.model(of.data.pixels[training].astype(np.float32), training=False)
+    targets = of.data.targets[training]
+    losses = losses_of(targets, logits, 0.0) * len(targets) / 3 / np.bincount(targets)[targets]
+    assert loss == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
 
 EVERYTHING = {
@@ -200,12 +197,17 @@ EVERYTHING = {
     "keys",
     [
         {**EVERYTHING, "precision": "float16"},
-        {"epochs": 2, "schedule": "step", "step_epochs": [1], "dropout": 0.3, "precision": "bfloat16", "xla": True},
+        {"epochs": 2, "schedule": "step", "step_epochs": [1], "dropout": 0.3, "precision": "bfloat16"},
     ],
     ids=["float16", "bfloat16"],
 )
 def test_a_run_that_is_stopped_after_every_step_is_the_whole_run(keys: dict[str, Any], tmp_path: Path) -> None:
     of = trainer(**keys)
+    computes = {layer.name: layer.compute_dtype for layer in of.model.layers}
+    assert computes.pop("logits") == computes.pop("head_dropout") == "float32"
+    assert set(computes.values()) == {of.settings.precision}
+    assert {weight.dtype for weight in of.model.weights} == {"float32"}
+    assert keras.config.dtype_policy().name == "float32"
     _, folds = small.data(per_compound=4)
     run = small.run(folds, MOBILENET)
     train_run(of, run, folds, tmp_path / "whole")
@@ -216,37 +218,23 @@ def test_a_run_that_is_stopped_after_every_step_is_the_whole_run(keys: dict[str,
     same_run(outputs(tmp_path / "whole" / run.id), outputs(tmp_path / "parts" / run.id))
 
 
-def one_step(**keys: Any) -> tuple[Trainer, float, np.ndarray]:
+def one_step(**keys: Any) -> tuple[float, np.ndarray]:
     """One step with all tiles: loss, and how it changed the weights."""
     of = trainer(batch_size=32, epochs=1, **keys)
     of._reset(small.run(small.data(per_compound=4)[1], MOBILENET))
     before = [weight.numpy() for weight in of.model.trainable_variables]
-    (loss,), probabilities = fit(of)
-    assert probabilities.dtype == np.float32
+    (loss,), _ = fit(of)
     after = zip(of.model.trainable_variables, before, strict=True)
-    return of, loss, np.concatenate([(weight.numpy() - start).ravel() for weight, start in after])
+    return loss, np.concatenate([(weight.numpy() - start).ravel() for weight, start in after])
 
 
 def test_xla_computes_the_same_step_up_to_rounding() -> None:
     """This network divides by tiny deviations: rounding grows in it a thousandfold."""
-    _, loss, change = one_step()
-    _, compiled_loss, compiled = one_step(xla=True)
+    loss, change = one_step()
+    compiled_loss, compiled = one_step(xla=True)
     assert compiled_loss == pytest.approx(loss, rel=1e-3)
     assert compiled_loss != loss  # else it was not compiled
     assert change @ compiled > 0.99 * np.linalg.norm(change) * np.linalg.norm(compiled)
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_only_the_backbone_computes_with_16_bits(precision: str) -> None:
-    of, loss, change = one_step(precision=precision)
-    policies = {layer.name: layer.compute_dtype for layer in of.model.layers}
-    assert policies.pop("logits") == "float32"
-    assert set(policies.values()) == {precision}
-    assert {weight.dtype for weight in of.model.weights} == {"float32"}
-    assert np.isfinite(loss)
-    # The first scale of the loss is too high here: a step that overflows is left out, and the scale is halved.
-    assert change.any() if precision == "bfloat16" else float(of.optimizer.dynamic_scale) == 2.0**14
-    assert keras.config.dtype_policy().name == "float32"
 
 
 class TestNotFinite:
@@ -269,13 +257,12 @@ class TestNotFinite:
             assert all(np.isfinite(array).all() for array in arrays.values())
 
     def test_a_loss_that_is_still_finite_does_not_let_lost_weights_through(self, tmp_path: Path) -> None:
-        of = trainer(learning_rate=3e38, weight_decay=1e3)
+        of = trainer(learning_rate=3e38, weight_decay=1e3, batch_size=32, epochs=1)
         with pytest.raises(
             RunFailed, match=r"a weight is not finite at epoch 1, step 1 with learning rate 3e\+38\. Low"
         ):
             train_run(of, self.RUN, self.FOLDS, tmp_path, small.After(99, checkpoint_seconds=0))
         assert not list(tmp_path.rglob(CHECKPOINT))
-        of = trainer(learning_rate=3e38, weight_decay=1e3, batch_size=32, epochs=1)
         with pytest.raises(RunFailed, match=r"a predicted probability is not finite at epoch 1, step 1"):
             train_run(of, self.RUN, self.FOLDS, tmp_path)
         assert finished(tmp_path / self.RUN.id) is None
