@@ -31,6 +31,7 @@ import tensorflow as tf
 from cellhpc.attempts import Attempt
 from cellhpc.errors import UserError
 from cellhpc.ranks import RankLost, joined
+from cellhpc.recipe import AUGMENTATIONS
 from cellhpc.train import Interrupted, Trainer, Watch, train_run
 
 folder, parts = Path(sys.argv[1]), sys.argv[2:]
@@ -38,7 +39,7 @@ more = json.loads(parts.pop()) if parts[-1].startswith("{") else {}
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.experimental.enable_op_determinism()
 data, folds = small.data()
-settings = small.SETTINGS.model_copy(update={"epochs": 3, "augment": "rotations", **more})
+settings = small.SETTINGS.model_copy(update={"epochs": 3, "augment": AUGMENTATIONS["rotations"], **more})
 LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 NETWORK = "MobileNet(alpha=0.25)"
 run = small.run(folds, NETWORK)

@@ -14,6 +14,7 @@ from cellhpc.checkpoint import CHECKPOINT, read_checkpoint
 from cellhpc.errors import UserError
 from cellhpc.ledger import read_json
 from cellhpc.ranks import OneRank
+from cellhpc.recipe import AUGMENTATIONS
 from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, train_run
 from tests import small
 from tests.ranks_at_work import start_ranks
@@ -55,7 +56,7 @@ def trainer() -> Trainer:
 
 @pytest.fixture(scope="module")
 def dropout_trainer() -> Trainer:
-    settings = small.SETTINGS.model_copy(update={"augment": "kensert2019", "schedule": "cosine"})
+    settings = small.SETTINGS.model_copy(update={"augment": AUGMENTATIONS["kensert2019"], "schedule": "cosine"})
     data, _ = small.data(per_compound=4)
     return Trainer("EfficientNetB0", data, settings, OneRank())
 
