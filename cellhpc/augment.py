@@ -6,47 +6,45 @@ exactly.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import tensorflow as tf
 
-GAINS = (1.0, 1.0, 0.75, 1.25)
-NOISE_VARIANCE = 50.0
+from cellhpc.recipe import AUGMENTATIONS, AugmentSettings
 
 
-def augment(tiles: Any, preset: Literal["none", "rotations", "kensert2019"], seed: Any) -> Any:
+def augment(tiles: Any, how: AugmentSettings | str, seed: Any) -> Any:
     """Augment a batch.
 
     Parameters
     ----------
     tiles
         float32 tensor (n, y, x, c) of grey levels 0..255, y == x.
-    preset
-        `none`; `rotations`: one of the eight rotations and mirrors for each tile; `kensert2019`: these, then each
-        channel times one of 1, 1, 0.75, 1.25, a 3x3 mean with probability 0.5, and Gaussian noise of variance 50 with
-        probability 0.5.
+    how
+        Settings of `[train.augment]`, or the name of some.
     seed
         int32 tensor (2,).
 
     Returns
     -------
     tensor
-        float32 (n, y, x, c).
+        float32 (n, y, x, c); grey levels 0..255.
     """
-    if preset == "none":
-        return tiles
-    seeds = tf.random.split(seed, 6)
-    tiles = orient(tiles, tf.random.stateless_uniform((tf.shape(tiles)[0],), seeds[0], 0, 8, tf.int32))
-    if preset == "rotations":
-        return tiles
+    if isinstance(how, str):
+        how = AUGMENTATIONS[how]
+    seeds = tf.random.split(seed, 6)  # a draw depends on none of the others
     count, channels = tf.shape(tiles)[0], tf.shape(tiles)[3]
-    which = tf.random.stateless_uniform((count, 1, 1, channels), seeds[1], 0, len(GAINS), tf.int32)
-    tiles *= tf.gather(tf.constant(GAINS), which)
-    blurred = tf.nn.avg_pool2d(tiles, 3, 1, "SAME")
-    tiles = tf.where(_half(count, seeds[2]), blurred, tiles)
-    noise = tf.random.stateless_normal(tf.shape(tiles), seeds[3], stddev=NOISE_VARIANCE**0.5)
-    tiles = tf.where(_half(count, seeds[4]), tiles + noise, tiles)
-    return tf.clip_by_value(tiles, 0.0, 255.0)
+    if how.rotations:
+        tiles = orient(tiles, tf.random.stateless_uniform((count,), seeds[0], 0, 8, tf.int32))
+    if how.gains:
+        which = tf.random.stateless_uniform((count, 1, 1, channels), seeds[1], 0, len(how.gains), tf.int32)
+        tiles *= tf.gather(tf.constant(how.gains), which)
+    if how.blur:
+        tiles = tf.where(_some(count, how.blur, seeds[2]), tf.nn.avg_pool2d(tiles, 3, 1, "SAME"), tiles)
+    if how.noise:
+        noise = tf.random.stateless_normal(tf.shape(tiles), seeds[3], stddev=how.noise_variance**0.5)
+        tiles = tf.where(_some(count, how.noise, seeds[4]), tiles + noise, tiles)
+    return tf.clip_by_value(tiles, 0.0, 255.0) if how.gains or how.noise else tiles
 
 
 def orient(tiles: Any, orientation: Any) -> Any:
@@ -60,5 +58,5 @@ def orient(tiles: Any, orientation: Any) -> Any:
     return tf.where(bit(2), tf.reverse(tiles, (2,)), tiles)
 
 
-def _half(count: Any, seed: Any) -> Any:
-    return tf.random.stateless_uniform((count, 1, 1, 1), seed) < 0.5
+def _some(count: Any, share: float, seed: Any) -> Any:
+    return tf.random.stateless_uniform((count, 1, 1, 1), seed) < share

@@ -88,6 +88,11 @@ class Variables:
         self.own = [variable.value for variable in model.non_trainable_variables]
         self.ranks = ranks
 
+    def finite(self) -> bool:
+        """Tell whether all numbers are finite, on all ranks. All ranks call it."""
+        mine = all(np.isfinite(variable.numpy()).all() for variable in [*self.shared, *self.own])
+        return bool(self.ranks.gather(np.array([mine], np.int32)).all())
+
     def collect(self) -> dict[str, np.ndarray]:
         """Values by name, for rank 0: `shared-i`, and `own-i` (ranks, ...) of each rank. All ranks call it."""
         arrays = {}

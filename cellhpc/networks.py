@@ -43,6 +43,8 @@ NETWORKS = {name: family for family, names in _FAMILIES.items() for name in name
 
 _SIDES_PX = {"InceptionResNetV2": 299, "InceptionV3": 299, "Xception": 299, "NASNetLarge": 331}
 WEIGHTLESS = ("imagenet", "xavier")
+HEAD_DROPOUT, HEAD_LOGITS = "head_dropout", "logits"
+"""Names of the layers that `build` puts on a backbone; the former is there only with dropout."""
 NO_TENSORFLOW = "training needs TensorFlow, which isn't installed. In cellhpc's sources, type: pip install '.[cpu]'"
 
 
@@ -119,8 +121,16 @@ def weights_digest(weights: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def build(network: Network, side_px: int, channels: int, classes: int, weights: str) -> Any:
-    """Build a network with its head: global average pooling and a dense layer of logits.
+def build(
+    network: Network,
+    side_px: int,
+    channels: int,
+    classes: int,
+    weights: str,
+    dropout: float = 0.0,
+    precision: str = "float32",
+) -> Any:
+    """Build a network with its head: global average pooling, dropout if wanted, and a dense layer of logits.
 
     Parameters
     ----------
@@ -131,6 +141,10 @@ def build(network: Network, side_px: int, channels: int, classes: int, weights: 
         Shape of a tile: (side_px, side_px, channels).
     classes
         Number of logits.
+    dropout
+        Share of the features that the head does not see while it is trained.
+    precision
+        What the backbone computes with: `float32`, or `bfloat16` or `float16` with weights of float32.
 
     Returns
     -------
@@ -159,6 +173,8 @@ def build(network: Network, side_px: int, channels: int, classes: int, weights: 
             'three with train.inputs, as ["dna", "er+golgi", "actin"], or start from xavier.'
         )
     shape = (side_px, side_px, channels)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
     try:
         backbone = constructor(
             include_top=False,
@@ -179,9 +195,14 @@ def build(network: Network, side_px: int, channels: int, classes: int, weights: 
             f"the ImageNet weights of {network.name} are neither cached nor to be had: {str(fault).splitlines()[0]}",
             remedy="Fetch the file where there is internet, and give its path in sweep.weights.",
         ) from None
+    finally:
+        keras.config.set_dtype_policy(before)
     if weights not in WEIGHTLESS:
         _load_weights(backbone, Path(weights), network)
-    logits = keras.layers.Dense(classes, name="logits", dtype="float32")(backbone.output)
+    features = backbone.output
+    if dropout:
+        features = keras.layers.Dropout(dropout, name=HEAD_DROPOUT, dtype="float32")(features)
+    logits = keras.layers.Dense(classes, name=HEAD_LOGITS, dtype="float32")(features)
     return keras.Model(backbone.input, logits, name=network.slug.replace("-", "_").replace(".", "_"))
 
 

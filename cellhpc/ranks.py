@@ -45,8 +45,11 @@ class Ranks(Protocol):
     def broadcast(self, variables: Sequence[Any]) -> None:
         """Set these tf.Variables on all ranks to their values on rank 0."""
 
-    def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Mean over the ranks of each tensor; works inside a tf.function. All ranks call it with the same shapes."""
+    def mean(self, tensors: Sequence[Any], fp16: bool = False) -> list[Any]:
+        """Mean over the ranks of each tensor; works inside a tf.function, and has a gradient.
+
+        All ranks call it with the same shapes. With `fp16`, what travels is rounded to 16-bit numbers.
+        """
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Concatenate each rank's rows (n_rank, ...) in the order of the ranks, on all ranks."""
@@ -67,8 +70,8 @@ class OneRank:
     def broadcast(self, variables: Sequence[Any]) -> None:
         """Do nothing: the values are rank 0's."""
 
-    def mean(self, tensors: Sequence[Any]) -> list[Any]:
-        """Return the tensors."""
+    def mean(self, tensors: Sequence[Any], fp16: bool = False) -> list[Any]:
+        """Return the tensors: nothing travels."""
         return list(tensors)
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
@@ -112,7 +115,7 @@ class HorovodRanks:
         with self.collective():
             self._horovod.broadcast_variables(list(variables), root_rank=0)
 
-    def mean(self, tensors: Sequence[Any]) -> list[Any]:
+    def mean(self, tensors: Sequence[Any], fp16: bool = False) -> list[Any]:
         """Mean over the ranks of each tensor.
 
         Tensors travel together in buckets: a hundred small ones, each announced to all ranks, would cost more than a
@@ -121,10 +124,11 @@ class HorovodRanks:
         import tensorflow as tf
 
         means: list[Any] = []
+        compression = self._horovod.Compression.fp16 if fp16 else self._horovod.Compression.none
         for bucket in _buckets(tensors):
             flat = tf.concat([tf.reshape(tensor, (-1,)) for tensor in bucket], 0)
             with self.collective():
-                mean = self._horovod.allreduce(flat, op=self._horovod.Average)
+                mean = self._horovod.allreduce(flat, op=self._horovod.Average, compression=compression)
             parts = tf.split(mean, [tensor.shape.num_elements() for tensor in bucket])
             means += [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
         return means

@@ -2,7 +2,8 @@
 
 A job file is TOML with the sections `[study]`, `[screen]`, `[convert]`, `[folds]`, `[train]`, `[sweep]` and
 `[aggregate]`. Each class below is one section: its fields are the keys, their docstrings the documentation. Paths may
-hold `~` and `${VARIABLES}` of the environment; relative ones start where the command is run.
+hold `~` and `${VARIABLES}` of the environment; relative ones start where the command is run. `[train]` is described in
+`cellhpc.recipe`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from cellhpc.errors import listing
+from cellhpc.recipe import TrainSettings
 from cellhpc.sections import Settings, UserPath, expand_path, load, parse
 
 
@@ -267,38 +269,6 @@ class FoldsSettings(Settings):
     """Column of the fields table whose values are held out one by one: `compound`, or for example `cell_line`."""
     on_single_compound: Literal["fail", "drop"] = "fail"
     """A label with a single compound can't be learnt when that compound is held out: refuse, or drop the label."""
-
-
-class TrainSettings(Settings):
-    """`[train]`: how one network is fitted to one fold. Everything here changes the result."""
-
-    epochs: int = Field(10, ge=1)
-    """Epochs, fixed before training: the held-out compound never chooses."""
-    batch_size: int = Field(32, ge=1)
-    """Tiles in one step, all ranks together."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Learning rate of the first step."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the steps: constant, or half a cosine down to zero."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of stochastic gradient descent."""
-    class_weights: bool = True
-    """Weight a tile's loss by n / (classes * n_class)."""
-    augment: Literal["none", "rotations", "kensert2019"] = "kensert2019"
-    """`rotations`: one of eight rotations and mirrors. `kensert2019`: these, channel gain, blur and noise."""
-    inputs: tuple[str, ...] = Field((), max_length=5)
-    """What a network sees at each of its inputs: a channel, the mean of some (`"er+golgi"`), or nothing (`""`).
-    ImageNet weights want three, so `["dna", "er+golgi", "actin"]` of four channels. By default a screen's channels in
-    their order, and nothing at the rest of three."""
-    input_scaling: Literal["raw", "keras"] = "raw"
-    """`raw`: the network sees 0..255, as in the paper; `keras`: scaled as keras.applications does for the network."""
-    batch_norm_momentum: float | None = Field(None, ge=0, lt=1)
-    """Momentum of the moving statistics of batch normalisation; by default the network's own (often 0.99)."""
-    predict_rotations: bool = False
-    """Average the predictions of a tile over its eight rotations and mirrors."""
-    window_tiles: int | None = Field(None, ge=1)
-    """Tiles of a shuffled window, for tiles that don't fit into memory: these are read from their shards, a window
-    after the other, and a host holds two of them; the more, the better shuffled. By default all tiles are in memory."""
 
 
 class SweepSettings(Settings):

@@ -16,9 +16,10 @@ FIXED_SECTIONS = ("screen", "convert", "folds", "train")
 """Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
 FREE_KEYS = {
     *("screen.path", "screen.tables", "convert.store", "convert.on_bad_field"),
-    *("convert.archive", "convert.archive_codec", "convert.archive_pixel_um"),
+    *("convert.archive", "convert.archive_codec", "convert.archive_pixel_um", "train.preset"),
 }
-"""Keys of these sections that may change: where things lie, and what the digests of store and archive tell apart."""
+"""Keys of these sections that may change: where things lie, what the digests of store and archive tell apart, and where
+settings came from."""
 
 
 @dataclass(frozen=True)

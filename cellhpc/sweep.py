@@ -62,7 +62,7 @@ def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = N
     slugs = [network.slug for network in swept]
     if len(set(slugs)) != len(slugs):
         raise UsageError(f"sweep.networks names a network twice: {', '.join(slugs)}.")
-    settings = job.train.model_dump(mode="json")
+    settings = job.train.model_dump(mode="json", exclude={"preset"})  # what it gave is in the other keys
     starts = [(weights, initialisation(weights), weights_digest(weights)) for weights in job.sweep.weights]
     runs = []
     for network in swept:

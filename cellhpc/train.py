@@ -2,8 +2,9 @@
 
 The step is our own: `ranks.mean` averages the gradients (Horovod's Keras layer silently does not, with Keras 3). A
 batch is shared by the ranks, so that every rank runs the same number of steps by construction, and a network without
-batch statistics learns the same on any number of ranks. Batch normalisation and augmentation see each rank's share; the
-moving statistics are averaged after each epoch, after which the weights of all ranks are compared bit for bit.
+batch statistics learns the same on any number of ranks. Batch normalisation (unless it is synchronised) and
+augmentation see each rank's share; the moving statistics are averaged after each epoch, after which the weights of all
+ranks are compared bit for bit.
 
 A run can be told to stop at any moment, on any rank: whether a rank was travels with the gradients of each step, so
 that all stop after the same one, with a checkpoint. The attempt that continues it is the same run, to the last digit.
@@ -23,17 +24,20 @@ import numpy as np
 import pandas as pd
 
 from cellhpc.attempts import Superseded, finished
+from cellhpc.batch_norm import set_batch_norm
 from cellhpc.checkpoint import Interrupted, Keeper, Progress, Variables
 from cellhpc.data import Data, load_data
 from cellhpc.errors import UserError
 from cellhpc.feed import feed, shuffle, whole_batches
 from cellhpc.folds import Folds
-from cellhpc.inputs import mix, prepare
+from cellhpc.inputs import mix
 from cellhpc.ledger import provenance
 from cellhpc.networks import Network, build, named_weights, parse_network
 from cellhpc.ranks import Ranks
+from cellhpc.recipe import TrainSettings
+from cellhpc.schedule import learning_rate
 from cellhpc.scores import levels
-from cellhpc.settings import TrainSettings
+from cellhpc.step import Graphs, clear_optimizer, make_optimizer, trained_variables
 from cellhpc.sweep import Run
 
 KEYS = (
@@ -89,74 +93,26 @@ class Trainer:
     """
 
     def __init__(self, network: str, data: Data, settings: TrainSettings, ranks: Ranks) -> None:
-        import keras
-
         self.network: Network = parse_network(network)
         self.data = data
         self.settings = settings
         self.ranks = ranks
-        self._side_px, self._mix = data.pixels.shape[1], mix(data.channels, settings.inputs)
+        self._side_px, self._inputs = data.pixels.shape[1], mix(data.channels, settings.inputs).shape[1]
         self._initial: tuple[tuple[str, int], list[np.ndarray]] | None = None
         self.model = self._build("xavier")
-        self.optimizer = keras.optimizers.SGD(settings.learning_rate, momentum=settings.momentum)
-        self.optimizer.build(self.model.trainable_variables)
-        for layer in self.model.layers:
-            if settings.batch_norm_momentum is not None and isinstance(layer, keras.layers.BatchNormalization):
-                layer.momentum = settings.batch_norm_momentum
-        self._variables = [variable.value for variable in self.model.trainable_variables]
-        self._statistics = [
-            variable.value for variable in self.model.non_trainable_variables if "float" in variable.dtype
-        ]
+        self._statistics = set_batch_norm(self.model, settings, ranks)
+        self.optimizer = make_optimizer(
+            settings, trained_variables(self.model, "head" if settings.trained == "head" else "all")
+        )
         self.variables = Variables(self.model, self.optimizer, ranks)
-        self._step, self._predict = self._graphs()
+        graphs = Graphs(self.network, self.model, self.optimizer, data.channels, self._side_px, settings, ranks)
+        parts = dict.fromkeys((settings.part(1), settings.part(settings.epochs)))
+        self._steps = {part: graphs.training(part) for part in parts}
+        self._predict = graphs.prediction()
 
     def _build(self, weights: str) -> Any:
-        return build(self.network, self._side_px, self._mix.shape[1], len(self.data.classes), weights)
-
-    def _graphs(self) -> tuple[Any, Any]:
-        """Trace the training step and the prediction step."""
-        import tensorflow as tf
-
-        from cellhpc.augment import augment, orient
-
-        settings, model, ranks = self.settings, self.model, self.ranks
-        side, channels = self._side_px, len(self.data.channels)
-
-        def seen(tiles: Any) -> Any:
-            return prepare(tiles, self.data.channels, settings.inputs, self.network, settings.input_scaling)
-
-        @tf.function(
-            input_signature=[
-                tf.TensorSpec((None, side, side, channels), tf.uint8),
-                tf.TensorSpec((None,), tf.int32),
-                tf.TensorSpec((None,), tf.float32),
-                tf.TensorSpec((2,), tf.int32),
-                tf.TensorSpec((2,), tf.float32),
-            ]
-        )
-        def step(tiles: Any, targets: Any, weights: Any, seed: Any, asked: Any) -> Any:
-            tiles = seen(augment(tf.cast(tiles, tf.float32), settings.augment, seed))
-            with tf.GradientTape() as tape:
-                logits = model(tiles, training=True)
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-                loss = tf.reduce_mean(weights * losses)
-                total = tf.add_n([loss, *model.losses])
-            # These travel with the gradients: all ranks see the same, and stop or write at the same step.
-            *gradients, loss, asked = ranks.mean([*tape.gradient(total, self._variables), loss, asked])
-            self.optimizer.apply(gradients, model.trainable_variables)
-            return tf.concat([[loss], asked], 0)
-
-        @tf.function(input_signature=[tf.TensorSpec((None, side, side, channels), tf.uint8)])
-        def predict(tiles: Any) -> Any:
-            tiles = tf.cast(tiles, tf.float32)
-            orientations = range(8) if settings.predict_rotations else range(1)
-            count = tf.shape(tiles)[0]
-            views = [
-                tf.nn.softmax(model(seen(orient(tiles, tf.fill((count,), k))), training=False)) for k in orientations
-            ]
-            return tf.add_n(views) / float(len(orientations))
-
-        return step, predict
+        settings, classes = self.settings, len(self.data.classes)
+        return build(self.network, self._side_px, self._inputs, classes, weights, settings.dropout, settings.precision)
 
     def fit(
         self, run: Run, folds: Folds, keeper: Keeper | None = None, watch: Watch | None = None
@@ -185,7 +141,7 @@ class Trainer:
         Raises
         ------
         RunFailed
-            The loss is not finite, or the weights of the ranks differ.
+            The loss, a weight or a probability is not finite, or the weights of the ranks differ.
         Interrupted
             A stop was asked; a checkpoint was written if there is a keeper.
         """
@@ -198,11 +154,15 @@ class Trainer:
         at = keeper.restore() if keeper else Progress()
         predictions = pd.DataFrame()
         while at.epoch <= settings.epochs:
+            if at.step == 0 and at.epoch > 1 and settings.part(at.epoch) != settings.part(at.epoch - 1):
+                clear_optimizer(self.optimizer)
             self._train_epoch(run, training, steps, at, keeper, watch)
             began = time.perf_counter()
             self._agree(run, at.epoch)
             at.seconds += time.perf_counter() - began
             predictions = self.predict(held_out)
+            if not np.isfinite(predictions.filter(like="p_").to_numpy()).all():
+                raise self._not_finite("a predicted probability is not finite", at)
             counts = levels(predictions, "mean")
             at.next_epoch(
                 {
@@ -254,27 +214,27 @@ class Trainer:
     ) -> None:
         """Do the steps of an epoch with the batches that are fetched, of the tiles in `order` (steps, share)."""
         settings, targets, steps = self.settings, self.data.targets, len(order)
+        train = self._steps[settings.part(at.epoch)]
         while at.step < steps:
             began = time.perf_counter()
             pixels, labels = next(fetched), targets[order[at.step]]
             at.waiting_seconds += time.perf_counter() - began
             number = (at.epoch - 1) * steps + at.step
-            self.optimizer.learning_rate.assign(_learning_rate(settings, number, steps * settings.epochs))
+            self.optimizer.learning_rate.assign(learning_rate(settings, number, steps, self.ranks.size))
             due = keeper is not None and keeper.is_due(watch.checkpoint_seconds)
             asked = np.array([watch.stop_asked, due], np.float32)
             with self.ranks.collective():
-                seen = self._step(pixels, labels, class_weights[labels], self._draw(run.seed, number), asked)
+                seen = train(pixels, labels, class_weights[labels], self._draw(run.seed, number), asked)
                 loss, stop, save = map(float, seen.numpy())
             at.step += 1
             if not math.isfinite(loss):
-                raise RunFailed(
-                    f"the loss is {loss} at epoch {at.epoch}, step {at.step} with learning rate "
-                    f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
-                )
+                raise self._not_finite(f"the loss is {loss}", at)
             at.losses.append(loss)
             at.seconds += time.perf_counter() - began
             watch.steps_done += 1
             if keeper and (stop or save):
+                if not self.variables.finite():  # the loss was of the weights before this step
+                    raise self._not_finite("a weight is not finite", at)
                 keeper.write_checkpoint(at, wait=bool(stop))
             if stop:
                 raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
@@ -308,8 +268,7 @@ class Trainer:
                 [weight.copy() for weight in self._build(run.weights).get_weights()],
             )
         self.model.set_weights(self._initial[1])
-        for variable in self.optimizer.variables:
-            variable.assign(np.zeros(variable.shape, variable.dtype))
+        clear_optimizer(self.optimizer)
         for number, layer in enumerate(self.model.layers):
             if hasattr(layer, "seed_generator"):  # dropout: as if no run had come before in this process
                 draw = np.random.default_rng([run.seed, number, self.ranks.rank, 2])
@@ -320,11 +279,18 @@ class Trainer:
         """Seed of the augmentation of one step on this rank, int32 (2,)."""
         return np.random.default_rng([seed, at, self.ranks.rank, 1]).integers(0, 2**31 - 1, 2, np.int32)
 
+    def _not_finite(self, what: str, at: Progress) -> RunFailed:
+        """Say where a run went out of bounds; its checkpoints are from before."""
+        return RunFailed(
+            f"{what} at epoch {at.epoch}, step {at.step} with learning rate "
+            f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
+        )
+
     def _agree(self, run: Run, epoch: int) -> None:
         """Average the moving statistics over the ranks, then see that all ranks have the same weights."""
         if self.ranks.size == 1:
             return
-        if self._statistics:
+        if self._statistics and self.settings.part(epoch) == "all":
             for variable, value in zip(
                 self._statistics, self.ranks.mean([v.read_value() for v in self._statistics]), strict=True
             ):
@@ -410,10 +376,3 @@ def _class_weights(targets: np.ndarray, classes: int) -> np.ndarray:
     """Weights n / (classes * n_class), float32 (classes,)."""
     counts = np.bincount(targets, minlength=classes)
     return (len(targets) / (classes * np.maximum(counts, 1))).astype(np.float32)
-
-
-def _learning_rate(settings: TrainSettings, at: int, steps: int) -> float:
-    """Learning rate of step `at` of all `steps`."""
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * at / steps))

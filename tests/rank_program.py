@@ -21,6 +21,7 @@ with joined() as ranks:
         "size": ranks.size,
         "broadcast": variable.numpy().tolist(),
         "mean": [tensor.numpy().tolist() for tensor in averaged],
+        "mean_fp16": ranks.mean([tf.constant([1.0 + ranks.rank / 4096, 1e-9])], fp16=True)[0].numpy().tolist(),
         "gather": ranks.gather(np.full((ranks.rank + 1, 2), ranks.rank, np.float32)).tolist(),
         "equal": ranks.equal([np.ones(3)]),
         "unequal": ranks.equal([np.full(3, ranks.rank)]),

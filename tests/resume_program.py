@@ -1,7 +1,10 @@
 """Trains one run whole, and the same run with interruptions, on as many ranks as the test starts.
 
-Usage: resume_program.py FOLDER whole|interrupted|rest
+Usage: resume_program.py FOLDER whole|stopped|interrupted|rest... [SETTINGS]
 
+SETTINGS are more keys of `[train]`, as JSON.
+
+- `stopped`: rank 1 stops it after every single step.
 - `interrupted`: stopped three times, by a rank each; superseded; the disk is full; then rank 1 is killed between two
   checkpoints.
 - `rest`: new processes do the rest.
@@ -17,6 +20,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,17 +31,19 @@ import tensorflow as tf
 from cellhpc.attempts import Attempt
 from cellhpc.errors import UserError
 from cellhpc.ranks import RankLost, joined
+from cellhpc.recipe import AUGMENTATIONS
 from cellhpc.train import Interrupted, Trainer, Watch, train_run
 
 folder, parts = Path(sys.argv[1]), sys.argv[2:]
+more = json.loads(parts.pop()) if parts[-1].startswith("{") else {}
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.experimental.enable_op_determinism()
 data, folds = small.data()
-settings = small.SETTINGS.model_copy(update={"epochs": 3, "augment": "rotations"})
+settings = small.SETTINGS.model_copy(update={"epochs": 3, "augment": AUGMENTATIONS["rotations"], **more})
 LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 NETWORK = "MobileNet(alpha=0.25)"
 run = small.run(folds, NETWORK)
-seen: dict[str, object] = {}
+seen: dict[str, Any] = {}
 
 
 def die() -> None:
@@ -58,6 +64,14 @@ with joined() as ranks:
     trainer = Trainer(NETWORK, data, settings, ranks)
     if "whole" in parts:
         train_run(trainer, dataclasses.replace(run, id="whole"), folds, folder, Watch(keep_weights=True))
+    if "stopped" in parts:
+        seen["stops"] = 0
+        while True:
+            try:
+                train_run(trainer, run, folds, folder, small.After(0) if ranks.rank == 1 else Watch())
+                break
+            except Interrupted:
+                seen["stops"] += 1
     if "interrupted" in parts:
         seen["ends"] = ends = []
         for rank, watch in (

@@ -16,6 +16,7 @@ from cellhpc.errors import DataError
 from cellhpc.feed import feed, shuffle, whole_batches, windows
 from cellhpc.folds import Folds
 from cellhpc.ranks import OneRank
+from cellhpc.recipe import AUGMENTATIONS
 from cellhpc.shards import Shards
 from cellhpc.tiles import Store
 from cellhpc.train import Interrupted, Trainer, train_run
@@ -160,7 +161,9 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="module")
 def trainer(streamed: Data) -> Trainer:
-    settings = small.SETTINGS.model_copy(update={"window_tiles": WINDOW, "batch_size": 8, "augment": "rotations"})
+    settings = small.SETTINGS.model_copy(
+        update={"window_tiles": WINDOW, "batch_size": 8, "augment": AUGMENTATIONS["rotations"]}
+    )
     return Trainer(MOBILENET, streamed, settings, OneRank())
 
 

@@ -20,6 +20,7 @@ def test_two_processes_that_start_by_themselves_become_two_ranks(tmp_path: Path)
             "size": 2,
             "broadcast": [1.0],
             "mean": [[0.5], [[1.0, 2.0]]],
+            "mean_fp16": [1.0, 0.0],
             "gather": [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]],
             "equal": True,
             "unequal": False,

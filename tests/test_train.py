@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from cellhpc.errors import UserError
 from cellhpc.ledger import read_json
 from cellhpc.networks import set_weights
 from cellhpc.ranks import OneRank
-from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, _learning_rate, train_run
+from cellhpc.recipe import AUGMENTATIONS
+from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, train_run
 from tests import small
 from tests.ranks_at_work import start_ranks
 
@@ -56,7 +58,7 @@ def trainer() -> Trainer:
 
 @pytest.fixture(scope="module")
 def dropout_trainer() -> Trainer:
-    settings = small.SETTINGS.model_copy(update={"augment": "kensert2019", "schedule": "cosine"})
+    settings = small.SETTINGS.model_copy(update={"augment": AUGMENTATIONS["kensert2019"], "schedule": "cosine"})
     data, _ = small.data(per_compound=4)
     return Trainer("EfficientNetB0", data, settings, OneRank())
 
@@ -204,6 +206,16 @@ class TestInterruptions:
         record = read_json(outputs(unit) / "run.json")
         assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
 
+    def test_two_ranks_with_many_options_are_stopped_after_every_step(self, tmp_path: Path) -> None:
+        settings = {
+            "trained": "head_first", "optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 1.0, "dropout": 0.5,
+            "warmup_epochs": 0.5, "batch_norm": "synchronised", "precision": "bfloat16", "compression": "fp16",
+        }  # fmt: skip
+        arguments = ("whole", "stopped", json.dumps(settings))
+        first, _ = start_ranks("resume_program.py", 2, tmp_path / "meeting", tmp_path, *arguments)
+        assert first["stops"] == 12
+        same_run(outputs(tmp_path / "whole"), outputs(tmp_path / small.run(small.data()[1], MOBILENET).id))
+
     def test_checkpoints_are_written_when_they_are_due(self, trainer: Trainer, tmp_path: Path) -> None:
         _, folds = small.data()
         run = small.run(folds, MOBILENET)
@@ -300,6 +312,7 @@ def test_two_ranks_have_equal_weights_after_every_epoch(tmp_path: Path) -> None:
     first, second = start_ranks("train_program.py", 2, tmp_path, MOBILENET, 32, 16, 3, 8, 0.01)
     assert len(first["checksums"]) == 3
     assert first["checksums"] == second["checksums"]
+    assert all(own != other for own, other in zip(first["own"], second["own"], strict=True))  # moving statistics
     assert first["steps"] == second["steps"] == [4, 4, 4]
     assert first["probabilities"] == second["probabilities"]
 
@@ -325,12 +338,3 @@ def test_each_network_of_the_paper_trains_on_two_ranks_at_its_own_size(
 
 def test_class_weights_are_those_of_the_paper() -> None:
     assert _class_weights(np.array([0, 0, 0, 1]), 2).tolist() == pytest.approx([4 / (2 * 3), 4 / (2 * 1)])
-
-
-def test_cosine_schedule_falls_from_the_learning_rate_to_zero() -> None:
-    settings = small.SETTINGS.model_copy(update={"schedule": "cosine"})
-    rates = [_learning_rate(settings, step, 100) for step in range(101)]
-    assert rates[0] == settings.learning_rate
-    assert rates[50] == pytest.approx(settings.learning_rate / 2)
-    assert rates[100] == pytest.approx(0)
-    assert rates == sorted(rates, reverse=True)

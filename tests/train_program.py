@@ -1,6 +1,8 @@
 """Trains one small run on as many ranks as the test starts, and prints what this rank ended with as JSON.
 
-Usage: train_program.py NETWORK SIDE_PX BATCH_SIZE EPOCHS TILES_PER_COMPOUND LEARNING_RATE
+Usage: train_program.py NETWORK SIDE_PX BATCH_SIZE EPOCHS TILES_PER_COMPOUND LEARNING_RATE [SETTINGS]
+
+SETTINGS are more keys of `[train]`, as JSON.
 """
 
 from __future__ import annotations
@@ -22,29 +24,36 @@ from cellhpc.train import Trainer
 
 network, side_px, batch_size, epochs, per_compound = sys.argv[1], *map(int, sys.argv[2:6])
 learning_rate = float(sys.argv[6])
+more = json.loads(sys.argv[7]) if len(sys.argv) > 7 else {}
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.experimental.enable_op_determinism()
 
 
 class WatchedTrainer(Trainer):
-    """Notes a checksum of all weights after each epoch."""
+    """Notes a checksum of all weights before and after the ranks agree on their statistics, in each epoch."""
 
+    own: list[str]
     checksums: list[str]
 
     def _agree(self, run, epoch):
+        self.own.append(self._checksum())
         super()._agree(run, epoch)
-        self.checksums.append(sha256(b"".join(weight.tobytes() for weight in self.model.get_weights())).hexdigest())
+        self.checksums.append(self._checksum())
+
+    def _checksum(self):
+        return sha256(b"".join(weight.tobytes() for weight in self.model.get_weights())).hexdigest()
 
 
 data, folds = small.data(side_px, per_compound)
 settings = small.SETTINGS.model_copy(
-    update={"batch_size": batch_size, "epochs": epochs, "learning_rate": learning_rate}
+    update={"batch_size": batch_size, "epochs": epochs, "learning_rate": learning_rate, **more}
 )
 with joined() as ranks:
     trainer = WatchedTrainer(network, data, settings, ranks)
-    trainer.checksums = []
+    trainer.own, trainer.checksums = [], []
     history, predictions = trainer.fit(small.run(folds, network, side_px=side_px), folds)
     seen = {
+        "own": trainer.own,
         "checksums": trainer.checksums,
         "losses": [epoch["loss"] for epoch in history],
         "steps": [epoch["steps"] for epoch in history],

@@ -68,7 +68,7 @@ def inner_counts(job: Job, store: Store, half: str, changes: dict[str, Any]) -> 
     """Count the fields that are right over the inner folds of one half."""
     changes = dict(changes)
     tile_px = changes.pop("tile_px", job.sweep.tile_px)
-    settings = job.train.model_copy(update=changes)
+    settings = type(job.train).model_validate({**job.train.model_dump(), **changes})
     mine = store.tiles["compound"].isin(HALVES[half])
     tiles: pd.DataFrame = store.tiles[mine].reset_index(drop=True)
     classes = tuple(sorted(tiles["label"].unique()))
