@@ -190,9 +190,11 @@ class Keeper:
             raise UserError(f"rank 0 can't write in {self.unit}")
 
     def is_due(self, every_seconds: float) -> bool:
-        """Tell whether the last checkpoint is older than that, and written; rank 0 asks for a new one."""
-        busy = self._writing is not None and not self._writing.done()
-        return self.ranks.rank == 0 and not busy and time.monotonic() - self._written_at > every_seconds
+        """Tell whether the last checkpoint is older than that, or went wrong; rank 0 asks for a new one."""
+        if self.ranks.rank or (self._writing and not self._writing.done()):
+            return False
+        failed = self._writing is not None and self._writing.exception() is not None
+        return failed or time.monotonic() - self._written_at > every_seconds
 
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:
         """Write the history of the epochs."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import dask
@@ -26,6 +26,7 @@ from cellhpc.hosts import MEETING, RANK, RANKS
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings
 from tests.test_convert import contents, make_screen
+from tests.waiting import wait_until
 
 SETTINGS = ConvertSettings(shard_fields=1)
 PROGRAM = Path(__file__).parent / "convert_program.py"
@@ -127,13 +128,6 @@ def command(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.Error):
         return process.cmdline()
     return []
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.002)
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
