@@ -168,10 +168,10 @@ def write_field(
         remove_leftovers(name, folder)
         remove_leftovers(name, array)
     write_text(array / METADATA, _array_metadata(archive))
-    shard = write_shard(array, SHARD, ..., np.moveaxis(pixels, -1, 0), folder)
+    shard_bytes = write_shard(array, SHARD, ..., np.moveaxis(pixels, -1, 0), folder, past_cache=True)
     highest = int(np.iinfo(archive.format.dtype).max)
     image = image_metadata(f"{plate} {well} field {field}", archive.channels, extremes, highest, archive.pixel_um)
-    _write_group(folder, {"ome": image, "cellhpc": {"source": source, "shard_bytes": shard["bytes"]}})
+    _write_group(folder, {"ome": image, "cellhpc": {"source": source, "shard_bytes": shard_bytes}})
 
 
 def claim_plate(archive: Archive, name: str, plate_digest: str) -> None:

@@ -13,7 +13,6 @@ decode 6,000, each straight into its place in a batch (`tests/bench/feed.py`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -45,7 +44,7 @@ _EMPTY = np.iinfo(_ENTRY).max
 """Offset of a chunk that isn't stored, as all of it is zero."""
 
 
-def write_shard(array: Path, name: str, region: Any, block: np.ndarray, beside: Path) -> dict[str, Any]:
+def write_shard(array: Path, name: str, region: Any, block: np.ndarray, beside: Path, past_cache: bool = False) -> int:
     """Write a shard, in place of what was there under its name.
 
     Parameters
@@ -60,11 +59,13 @@ def write_shard(array: Path, name: str, region: Any, block: np.ndarray, beside: 
         Values of the region.
     beside
         Folder on the same file system for the hidden folder, `.NAME.*`, which a kill leaves behind.
+    past_cache
+        Write past the page cache, where the file system can: for what is not read again soon.
 
     Returns
     -------
-    dict
-        Its `bytes`, and their `sha256`.
+    int
+        Its bytes.
 
     Raises
     ------
@@ -74,30 +75,40 @@ def write_shard(array: Path, name: str, region: Any, block: np.ndarray, beside: 
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=beside) as temporary:
         hidden = Path(temporary)
         shutil.copyfile(array / METADATA, hidden / METADATA)
-        whole = _open(hidden, block)
+        whole = _open(hidden, block, past_cache and _takes_direct(hidden / METADATA))
         try:
             whole[region] = block
         except RuntimeError as fault:  # zarrs' own of a full disk
             raise OSError(str(fault)) from None
         with (hidden / name).open("rb") as file:
             os.fsync(file.fileno())
-            found = {
-                "bytes": os.fstat(file.fileno()).st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+            size = os.fstat(file.fileno()).st_size
         (hidden / name).replace(array / name)
-    return found
+    return size
 
 
-def _open(array: Path, block: np.ndarray) -> zarr.Array:
+def _open(array: Path, block: np.ndarray, direct: bool) -> zarr.Array:
     """Open an array to write a block, by one thread for each call: a worker has as many tasks as threads.
 
     Zarr's engine in Rust takes half the time. It writes nothing where all is zero, and a shard that is not there is
     lost, and not taken for one of zeros: such a one is written by Zarr's own.
     """
-    settings = {"codec_pipeline.path": _RUST if block.any() else _PYTHON, "threading.max_workers": 1}
+    settings = {
+        "codec_pipeline.path": _RUST if block.any() else _PYTHON,
+        "codec_pipeline.direct_io": direct,
+        "threading.max_workers": 1,
+    }
     with _opening, zarr.config.set(settings):  # the array keeps its engine
         return zarr.open_array(array, mode="r+").with_config({"write_empty_chunks": True})
+
+
+def _takes_direct(file: Path) -> bool:
+    """Tell whether a file's system reads and writes past the page cache."""
+    try:
+        os.close(os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+    except OSError:
+        return False
+    return hasattr(os, "O_DIRECT")
 
 
 def remove_leftovers(name: str, beside: Path) -> None:

@@ -8,6 +8,7 @@ A plate's `plate.json` comes last: without it the plate is not there.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ from cellhpc.convert.tables import write_tables
 from cellhpc.convert.tasks import Basis, Recipe, convert_shard, problem_text, read_marker, shard_name
 from cellhpc.convert.workers import cluster as _cluster
 from cellhpc.convert.workers import cores, release
-from cellhpc.errors import DataError
+from cellhpc.errors import DataError, UserError
 from cellhpc.ledger import digest, held, write_json, write_text
 from cellhpc.record import ARRAYS, LOCK, PERFORMANCE, PLATE, PLATES, STORE, plate_folder
 
@@ -84,7 +85,7 @@ def _convert(plan: ConversionPlan, workers: int | None, stop: Stop) -> None:
         for plate in plates:  # readers must not meet a plate that changes
             (plate_folder(plan.store, plate.name) / PLATE).unlink(missing_ok=True)
         archiving.claim_plates(plan)
-        _write_tables(plan)  # nothing else is to be done where labels changed
+        _write_tables(plan, plates)  # nothing else is to be done where labels changed
         looks = [plate for plate in plates if read_basis(plan, plate) is None]
         jobs = len(looks) + len(_missing_tasks(plan, plates)) + sum(map(len, archiving.missing_fields(plan).values()))
         problems: list[str] = []
@@ -94,7 +95,6 @@ def _convert(plan: ConversionPlan, workers: int | None, stop: Stop) -> None:
             with _cluster(min(workers or cores(), jobs), *watched) as client, _reported(plan, client):
                 problems = find_bases(plan, looks, client, stop)
                 problems += _convert_tasks(plan, plates, client, stop)
-                _write_tables(plan)
                 lost = archiving.archive_rest(plan, client, stop)
         archiving.finish_plates(plan, lost)
         _refuse(plan, problems)
@@ -107,11 +107,16 @@ def _reported(plan: ConversionPlan, client: Client) -> AbstractContextManager[No
     return reported(client, plan.store / PERFORMANCE)
 
 
-def _write_tables(plan: ConversionPlan) -> None:
-    """Write the tables of the unfinished plates whose tasks are all done."""
-    for plate in plan.unfinished():
+def _write_tables(plan: ConversionPlan, plates: Sequence[Plate]) -> None:
+    """Write the tables of those of the plates whose tasks are all done."""
+    for plate in plates:
         if not _missing_tasks(plan, [plate]):
-            write_tables(plan, plate)
+            try:
+                write_tables(plan, plate)
+            except OSError as fault:
+                raise UserError(
+                    f"{plan.store}: the tables of {plate.name} can't be written: {fault.strerror or fault}"
+                ) from None
 
 
 def _missing_tasks(plan: ConversionPlan, plates: Sequence[Plate]) -> list[tuple[Task, Basis | None]]:
@@ -129,15 +134,23 @@ def _missing_tasks(plan: ConversionPlan, plates: Sequence[Plate]) -> list[tuple[
 
 
 def _convert_tasks(plan: ConversionPlan, plates: Sequence[Plate], client: Client, stop: Stop) -> list[str]:
-    """Do the missing tasks; returns what is wrong with fields that may not be set aside."""
+    """Do the missing tasks, and write a plate's tables when its last one is done.
+
+    Returns what is wrong with fields that may not be set aside.
+    """
     recipe = Recipe.of(plan)
     # What lacks a basis now was refused and its reason told; its other fields are looked at for what else is wrong.
     missing = [(task, mine) for task, mine in _missing_tasks(plan, plates) if mine or not recipe.skip_bad]
     problems: list[str] = []
+    to_do = collections.Counter(task.plate for task, _ in missing)
+    _write_tables(plan, [plate for plate in plates if plate.name not in to_do])  # nothing but their basis was missing
     jobs = ((convert_shard, (recipe, task, mine), task) for task, mine in missing)
     with reading("Converting", [source for task, _ in missing for source in task.fields], client) as note:
         for task, bad in run_jobs(client, jobs, stop):
             note(task.fields)
+            to_do[task.plate] -= 1
+            if not to_do[task.plate]:
+                _write_tables(plan, [plate for plate in plates if plate.name == task.plate])
             if not recipe.skip_bad:
                 problems += [problem_text(task.plate, record) for record in bad]
     return problems

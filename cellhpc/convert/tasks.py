@@ -300,7 +300,10 @@ def _write(
         (array / name).unlink(missing_ok=True)
         first = task.shard * recipe.shard_fields * recipe.tiles.grid[0] * recipe.tiles.grid[1]
         region = slice(first, first + len(block))
-        shards[f"{task.plate}/{array.name}/{name}"] = write_shard(array, name, region, block, marker.parent)
+        size = write_shard(array, name, region, block, marker.parent)
+        with (array / name).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        shards[f"{task.plate}/{array.name}/{name}"] = {"bytes": size, "sha256": sha256}
     document = {"digest": task.digest, "basis": basis.record(), "shards": shards, "fields": records}
     write_json(marker, document)
 
