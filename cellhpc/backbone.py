@@ -17,6 +17,7 @@ from cellhpc.errors import UsageError, UserError, listing
 from cellhpc.inputs import mix, prepare
 from cellhpc.ledger import digest, read_json
 from cellhpc.networks import (
+    HEAD_LOGITS,
     NO_TENSORFLOW,
     Network,
     build,
@@ -246,7 +247,7 @@ class Extractor:
         )
         if kept:
             set_weights(whole, Path(kept))
-        model = keras.Model(whole.input, whole.get_layer("logits").input)
+        model = keras.Model(whole.input, whole.get_layer(HEAD_LOGITS).input)
         self.width = int(model.output_shape[1])
         """Features of a tile."""
         orientations = range(8 if source.rotations else 1)
