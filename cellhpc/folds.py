@@ -148,8 +148,8 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
     folds = tuple(Fold(name, (name,), _spare(labels, name) if search else ()) for name in sorted(labels))
     if search and (poor := [fold.name for fold in folds if not fold.inner]):
         raise DataError(
-            f"{len(poor)} fold(s) have nothing to choose on: [search] needs a label with two {by}s besides what is held "
-            "out.",
+            f"{len(poor)} fold(s) have nothing to choose on: [search] needs a label with two {by}s besides what is "
+            "held out.",
             [f"without {by} {name}: no label can spare one" for name in poor],
             f"Leave [search] out, or add {by}s.",
         )

@@ -208,8 +208,8 @@ def claim_study(plan: StudyPlan) -> None:
     elif (known := read_folds(path)).sha256 != plan.folds.sha256:
         raise UsageError(
             f"{path} holds another split ({known.sha256[:12]}) than the screen gives now ({plan.folds.sha256[:12]}): "
-            "the screen's tables, [folds] or [search] changed. Choose another folder (--set study.folder=...) or remove "
-            "this."
+            "the screen's tables, [folds] or [search] changed. Choose another folder (--set study.folder=...) or "
+            "remove this."
         )
 
 

@@ -103,12 +103,14 @@ def train_chosen(
             train_run(trainers.of(candidate.settings), one, folds, folder, watch, {**(about or {}), **place})
         except NotFinite as fault:
             diverged[candidate.name] = str(fault)
+            if ranks.rank == 0:
+                print(f"{one.id}: {fault}", flush=True)
     found: list[dict[str, Any]] = []
 
     def choose() -> int:
         found.extend(
             {"name": candidate.name, "values": candidate.values}
-            | ({"diverged": why} if (why := diverged.get(candidate.name)) else _asked(folder / one.id, one, folds.by))
+            | ({"diverged": True} if candidate.name in diverged else _asked(folder / one.id, one, folds.by))
             for candidate, one in zip(candidates, searched, strict=True)
         )
         return best(found)
