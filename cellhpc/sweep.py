@@ -106,7 +106,8 @@ def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = N
 
 def newest_attempt(unit: Path) -> Path | None:
     """Folder of a run's newest attempt, its search's included: the one in which something was written last."""
-    found = [folder for one in (unit, *unit.glob(f"{SEARCH}/*")) if (folder := newest(one)) is not None]
+    places = (unit, *sorted(unit.glob(f"{SEARCH}/*"), reverse=True))  # the later one wins where a clock is coarse
+    found = [folder for one in places if (folder := newest(one)) is not None]
     return max(found, key=_written, default=None)
 
 

@@ -30,14 +30,15 @@ tf.config.experimental.enable_op_determinism()
 data, _ = small.data()
 folds = plan_folds(small.tiles(), FoldsSettings(), search=True)
 NETWORK = "MobileNet(alpha=0.25)"
-grid = candidates(small.SETTINGS, {"learning_rate": (0.002, 0.02, 1e38)})
+settings = small.SETTINGS.model_copy(update={"batch_norm_momentum": 0.5})
+grid = candidates(settings, {"learning_rate": (0.002, 0.02, 1e38)})
 run = small.run(folds, NETWORK)
 stops = 0
 with joined() as ranks:
     trainers = Trainers(lambda settings: Trainer(NETWORK, data, settings, ranks))
     train_chosen(trainers, grid, dataclasses.replace(run, id="whole"), folds, folder, ranks, Watch())
     while True:
-        watch = small.After(1) if ranks.rank == 1 else Watch()
+        watch = small.After(3) if ranks.rank == 1 else Watch()
         try:
             train_chosen(trainers, grid, dataclasses.replace(run, id="stopped"), folds, folder, ranks, watch)
             break

@@ -28,7 +28,8 @@ from tests import small
 from tests.ranks_at_work import start_ranks
 
 MOBILENET = "MobileNet(alpha=0.25)"
-GRID = candidates(small.SETTINGS, {"epochs": (1, 2), "learning_rate": (0.002, 0.02)})
+SETTINGS = small.SETTINGS.model_copy(update={"batch_norm_momentum": 0.5})  # after few steps it sees its tiles already
+GRID = candidates(SETTINGS, {"epochs": (1, 2), "learning_rate": (0.002, 0.02)})
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +100,21 @@ def figure(table: pd.DataFrame) -> float:
 
 
 def test_it_chooses_and_predicts_what_a_plain_reference_does(whole: Path, folds: Folds) -> None:
-    """The reference never has the held-out compound's tiles, and a network of its own for each candidate."""
+    """The reference never has the held-out compound's tiles, and networks of its own."""
     data, _ = small.data()
     run = small.run(folds, MOBILENET)
     keep = ~data.tiles["compound"].isin(run.fold.held_out).to_numpy()
     tiles = data.tiles[keep].reset_index(drop=True)
     rest = Data(data.pixels[keep], tiles, data.classes, data.channels)
     inner = Folds("compound", folds.classes, {}, (), (Fold("inner", run.fold.inner),))
-    figures = []
-    for candidate in GRID[1:3]:
-        trainer = Trainer(MOBILENET, rest, candidate.settings, OneRank())
-        _, asked = trainer.fit(dataclasses.replace(run, fold=inner.folds[0]), inner)
-        pd.testing.assert_frame_equal(asked, predictions(whole / "search" / candidate.name), check_exact=True)
-        figures.append(figure(asked))
+    trainer = Trainer(MOBILENET, rest, GRID[2].settings, OneRank())
+    _, asked = trainer.fit(dataclasses.replace(run, fold=inner.folds[0]), inner)
+    pd.testing.assert_frame_equal(asked, predictions(whole / "search" / GRID[2].name), check_exact=True)
     found = record(whole)
-    assert [one["log_probability"] for one in found["candidates"][1:3]] == pytest.approx(figures, abs=1e-6)
-    everyone = [figure(predictions(whole / "search" / candidate.name)) for candidate in GRID]
-    assert len(set(everyone)) == len(GRID)
-    chosen = GRID[int(np.argmax(everyone))]
+    figures = [figure(predictions(whole / "search" / candidate.name)) for candidate in GRID]
+    assert [one["log_probability"] for one in found["candidates"]] == pytest.approx(figures, abs=1e-6)
+    assert len(set(figures)) == len(GRID)
+    chosen = GRID[int(np.argmax(figures))]
     assert (found["chosen"], found["values"]) == (chosen.name, chosen.values)
     _, expected = Trainer(MOBILENET, data, chosen.settings, OneRank()).fit(run, folds)
     pd.testing.assert_frame_equal(expected, predictions(whole), check_exact=True)
@@ -167,16 +165,18 @@ def test_stopped_again_and_again_it_chooses_and_predicts_the_same(
     whole: Path, trainers: Trainers, folds: Folds, tmp_path: Path
 ) -> None:
     run = small.run(folds, MOBILENET)
-    other = small.run(folds, MOBILENET, fold=4, seed=3)
+    other = small.run(folds, MOBILENET, fold=4)
     stopped = []
     while finished(tmp_path / run.id) is None:
         try:
-            choose(trainers, run, folds, tmp_path, watch=small.After(2))
+            choose(trainers, run, folds, tmp_path, watch=small.After(3))
         except Interrupted as fault:
             stopped.append(str(fault).split(" was stopped")[0])
         with pytest.raises(Interrupted):  # another run of this process leaves its traces in the variables
             choose(trainers, other, folds, tmp_path, watch=small.After(0))
-    assert {f"{run.id}/search/{candidate.name}" for candidate in GRID[1:]} | {run.id} <= set(stopped)
+    assert len(stopped) >= 3
+    assert run.id in stopped
+    assert set(stopped) & {f"{run.id}/search/{candidate.name}" for candidate in GRID}
     assert record(tmp_path / run.id) == record(whole)
     same_predictions(tmp_path / run.id, whole)
 
@@ -190,7 +190,7 @@ def test_what_is_done_is_not_done_again(whole: Path, trainers: Trainers, folds: 
 
 def test_a_candidate_that_diverges_is_told_and_never_chosen(trainers: Trainers, folds: Folds, tmp_path: Path) -> None:
     run = small.run(folds, MOBILENET)
-    grid = candidates(small.SETTINGS, {"learning_rate": (1e38, 0.01, 3e38)})
+    grid = candidates(SETTINGS, {"learning_rate": (1e38, 0.01, 3e38)})
     choose(trainers, run, folds, tmp_path, grid)
     found = record(tmp_path / run.id)
     assert found["values"] == {"learning_rate": 0.01}
@@ -199,13 +199,13 @@ def test_a_candidate_that_diverges_is_told_and_never_chosen(trainers: Trainers, 
     assert last == {"name": "c02", "values": {"learning_rate": 3e38}, "diverged": True}
     again = dataclasses.replace(run, id="again")
     with pytest.raises(RunFailed, match=r"every candidate of the search diverged: c00: .*; c01: "):
-        choose(trainers, again, folds, tmp_path, candidates(small.SETTINGS, {"learning_rate": (1e38, 3e38)}))
+        choose(trainers, again, folds, tmp_path, candidates(SETTINGS, {"learning_rate": (1e38, 3e38)}))
     assert not list((tmp_path / "again").glob("0*"))
 
 
 def test_two_ranks_choose_the_same_when_they_are_stopped(tmp_path: Path) -> None:
     first, second = start_ranks("search_program.py", 2, tmp_path / "meeting", tmp_path)
-    assert first["stops"] == second["stops"] > 3
+    assert first["stops"] == second["stops"] > 2
     assert record(tmp_path / "whole") == record(tmp_path / "stopped")
     pd.testing.assert_frame_equal(predictions(tmp_path / "whole"), predictions(tmp_path / "stopped"), check_exact=True)
 
