@@ -106,7 +106,7 @@ class TrainSettings(Settings):
     committed. `fast`: a baseline; the head alone learns, on a backbone that stays as it was pre-trained. `best`: what
     was chosen on inner compounds of 660 fields of BBBC021, with MobileNet (`tests/bench/inner_choice.py`)."""
     epochs: int = Field(10, ge=1)
-    """Epochs, fixed before training: the held-out compound never chooses."""
+    """Epochs, fixed before training or chosen by `[search]`: the held-out compound never chooses."""
     batch_size: int = Field(32, ge=1)
     """Tiles in one step, all ranks together."""
 

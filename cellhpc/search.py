@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellhpc.attempts import finished
+from cellhpc.attempts import FAILED, finished
 from cellhpc.errors import DataError
 from cellhpc.folds import Folds
 from cellhpc.grid import Candidate, describe
@@ -91,7 +91,14 @@ def train_chosen(
         As `train_run`.
     """
     unit = folder / run.id
-    if _told_by_rank_0(ranks, lambda: int(finished(unit, run.digest) is not None)):
+
+    def begin() -> int:
+        done = finished(unit, run.digest) is not None
+        if not done:
+            (unit / FAILED).unlink(missing_ok=True)  # as an attempt at the run itself does, which comes much later
+        return int(done)
+
+    if _told_by_rank_0(ranks, begin):
         return
     diverged: dict[str, str] = {}
     searched = [_run_of(run, candidate) for candidate in candidates]
