@@ -98,12 +98,12 @@ def train_chosen(
             (unit / FAILED).unlink(missing_ok=True)  # as an attempt at the run itself does, which comes much later
         return int(done)
 
-    if _told_by_rank_0(ranks, begin):
+    if _told_by_rank_0(ranks, unit, begin):
         return
     diverged: dict[str, str] = {}
     searched = [_run_of(run, candidate) for candidate in candidates]
     for number, (candidate, one) in enumerate(zip(candidates, searched, strict=True), 1):
-        if _told_by_rank_0(ranks, lambda one=one: int(finished(folder / one.id, one.digest) is not None)):
+        if _told_by_rank_0(ranks, unit, lambda one=one: int(finished(folder / one.id, one.digest) is not None)):
             continue  # without making a network for it
         place = {"candidate": [number, len(candidates)], "epochs": candidate.settings.epochs}
         try:
@@ -122,7 +122,7 @@ def train_chosen(
         )
         return best(found)
 
-    chosen = _told_by_rank_0(ranks, choose)
+    chosen = _told_by_rank_0(ranks, unit, choose)
     if chosen < 0:
         reasons = "; ".join(f"{candidate.name}: {diverged[candidate.name]}" for candidate in candidates)
         raise RunFailed(f"every candidate of the search diverged: {reasons}")
@@ -145,18 +145,20 @@ def _run_of(run: Run, candidate: Candidate) -> Run:
     )
 
 
-def _told_by_rank_0(ranks: Ranks, ask: Callable[[], int]) -> int:
+def _told_by_rank_0(ranks: Ranks, unit: Path, ask: Callable[[], int]) -> int:
     """Give rank 0's answer on all ranks: a shared file system may show files to some of them later."""
     fault: Exception | None = None
     answer = np.zeros((0, 2), np.int32)
     if ranks.rank == 0:
         try:
             answer = np.array([[ask(), 1]], np.int32)
-        except (OSError, DataError, KeyError) as caught:
+        except (OSError, ValueError, KeyError, DataError) as caught:
             fault, answer = caught, np.array([[0, 0]], np.int32)
     told, well = ranks.gather(answer)[0]
     if not well:
-        raise RunFailed(f"what came of the search can't be read: {fault or 'rank 0 says why'}") from fault
+        raise RunFailed(
+            f"{unit / SEARCH} can't be read: {fault or 'rank 0 says why'}. Remove it, then type: cellhpc resume STUDY"
+        ) from fault
     return int(told)
 
 
