@@ -57,10 +57,10 @@ def candidates(train: TrainSettings, search: Mapping[str, Sequence[Any]]) -> tup
     if not search:
         return ()
     allowed = [key for key in TrainSettings.model_fields if key not in NEVER]
-    for key, values in search.items():
+    for key, choices in search.items():
         if key not in allowed:
             raise ValueError(f"search.{key}: this can't be searched. Allowed: {', '.join(allowed)}")
-        if not values:
+        if not choices:
             raise ValueError(f"search.{key} is empty")
     count = prod(map(len, search.values()))
     if not 2 <= count <= MOST:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,18 @@ def train_chosen(
     """
     unit = folder / run.id
 
-    def begin() -> int:
-        done = finished(unit, run.digest) is not None
+    def begin() -> bool:
+        done = _is_done(folder, run)
         if not done:
             (unit / FAILED).unlink(missing_ok=True)  # as an attempt at the run itself does, which comes much later
-        return int(done)
+        return done
 
     if _told_by_rank_0(ranks, unit, begin):
         return
     diverged: dict[str, str] = {}
     searched = [_run_of(run, candidate) for candidate in candidates]
     for number, (candidate, one) in enumerate(zip(candidates, searched, strict=True), 1):
-        if _told_by_rank_0(ranks, unit, lambda one=one: int(finished(folder / one.id, one.digest) is not None)):
+        if _told_by_rank_0(ranks, unit, partial(_is_done, folder, one)):
             continue  # without making a network for it
         place = {"candidate": [number, len(candidates)], "epochs": candidate.settings.epochs}
         try:
@@ -145,13 +146,17 @@ def _run_of(run: Run, candidate: Candidate) -> Run:
     )
 
 
+def _is_done(folder: Path, run: Run) -> bool:
+    return finished(folder / run.id, run.digest) is not None
+
+
 def _told_by_rank_0(ranks: Ranks, unit: Path, ask: Callable[[], int]) -> int:
     """Give rank 0's answer on all ranks: a shared file system may show files to some of them later."""
     fault: Exception | None = None
     answer = np.zeros((0, 2), np.int32)
     if ranks.rank == 0:
         try:
-            answer = np.array([[ask(), 1]], np.int32)
+            answer = np.array([[int(ask()), 1]], np.int32)
         except (OSError, ValueError, KeyError, DataError) as caught:
             fault, answer = caught, np.array([[0, 0]], np.int32)
     told, well = ranks.gather(answer)[0]
