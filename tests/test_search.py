@@ -257,3 +257,9 @@ class TestTrainers:
                 assert trainers.of(candidate.settings).settings == candidate.settings
                 assert len(trainers._kept) <= KEPT
         assert len(made) == len(grid) + 3  # the first ones are still there
+
+    def test_settings_of_another_graph_are_refused(self, trainers: Trainers) -> None:
+        trainer = trainers.of(GRID[0].settings)
+        with pytest.raises(ValueError, match="these settings need another compiled network"):
+            trainer.use(SETTINGS.model_copy(update={"dropout": 0.5}))
+        assert trainer.settings == GRID[0].settings
