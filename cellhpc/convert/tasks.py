@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
 from cellhpc.quality import Quality, measure
 from cellhpc.record import ARRAYS, plate_folder
 from cellhpc.shards import remove_leftovers, write_shard
+
+_computing = threading.Lock()
+"""One task of a process computes at a time: the others read and write meanwhile, and don't take its cache."""
 
 STATISTICS, ILLUMINATION = "statistics", "illumination"
 """Names of the markers of a plate's own tasks; those of shards are their numbers."""
@@ -151,9 +155,10 @@ def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[
             continue
         if basis is None:
             continue
-        quality = measure(pixels)
+        with _computing:
+            quality = measure(pixels)
+            cut = cut_tiles(_evened(pixels, basis.light), how, basis.statistics)
         _archive(recipe, task.plate, source, facts, pixels, quality)
-        cut = cut_tiles(_evened(pixels, basis.light), how, basis.statistics)
         for px, made in cut.tiles.items():
             tiles[px][slot * per_field : (slot + 1) * per_field] = made
         records.append(facts | dataclasses.asdict(quality) | {"signal": cut.signal})

@@ -68,9 +68,13 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             train_run(trainer, run, folds, Path(folder))
             whole = time.perf_counter() - began
+            if ranks.rank:  # rank 0 has written it all
+                continue
             (history,) = Path(folder, run.id).rglob("history.json")
             epochs = json.loads(history.read_text())["epochs"]
             seconds.append({"whole": whole, "steps": sum(epoch["seconds"] for epoch in epochs)})
+    if ranks.rank:
+        return {}
     counted = epochs[1:]
     return {
         "images_per_s": statistics.median(epoch["images_per_s"] for epoch in counted),
