@@ -99,24 +99,29 @@ def figure(table: pd.DataFrame) -> float:
     return sum(of_compounds) / len(of_compounds)
 
 
-def test_it_chooses_and_predicts_what_a_plain_reference_does(whole: Path, folds: Folds) -> None:
-    """The reference never has the held-out compound's tiles, and networks of its own."""
+def test_it_chooses_what_a_network_without_the_held_out_compound_chooses(
+    whole: Path, trainers: Trainers, folds: Folds
+) -> None:
+    """That network's process never has the compound's tiles: pictures of it take no part in the search."""
     data, _ = small.data()
     run = small.run(folds, MOBILENET)
     keep = ~data.tiles["compound"].isin(run.fold.held_out).to_numpy()
     tiles = data.tiles[keep].reset_index(drop=True)
     rest = Data(data.pixels[keep], tiles, data.classes, data.channels)
     inner = Folds("compound", folds.classes, {}, (), (Fold("inner", run.fold.inner),))
-    trainer = Trainer(MOBILENET, rest, GRID[2].settings, OneRank())
-    _, asked = trainer.fit(dataclasses.replace(run, fold=inner.folds[0]), inner)
-    pd.testing.assert_frame_equal(asked, predictions(whole / "search" / GRID[2].name), check_exact=True)
+    trainer = Trainer(MOBILENET, rest, SETTINGS, OneRank())
+    figures = []
+    for candidate in GRID:
+        trainer.use(candidate.settings)
+        _, asked = trainer.fit(dataclasses.replace(run, fold=inner.folds[0]), inner)
+        pd.testing.assert_frame_equal(asked, predictions(whole / "search" / candidate.name), check_exact=True)
+        figures.append(figure(asked))
     found = record(whole)
-    figures = [figure(predictions(whole / "search" / candidate.name)) for candidate in GRID]
     assert [one["log_probability"] for one in found["candidates"]] == pytest.approx(figures, abs=1e-6)
     assert len(set(figures)) == len(GRID)
     chosen = GRID[int(np.argmax(figures))]
     assert (found["chosen"], found["values"]) == (chosen.name, chosen.values)
-    _, expected = Trainer(MOBILENET, data, chosen.settings, OneRank()).fit(run, folds)
+    _, expected = trainers.of(chosen.settings).fit(run, folds)
     pd.testing.assert_frame_equal(expected, predictions(whole), check_exact=True)
 
 
@@ -141,24 +146,6 @@ def test_the_record_says_what_was_chosen_and_on_what(whole: Path, folds: Folds) 
         about = read_json(outputs(unit) / "attempt.json")
         assert (about["candidate"], about["epochs"]) == ([1 + GRID.index(candidate), 4], candidate.settings.epochs)
     assert (outputs(whole) / "weights.npz").exists()
-
-
-def test_the_held_out_compound_has_no_part_in_the_choice(whole: Path, folds: Folds, tmp_path: Path) -> None:
-    """Other pictures of it change what is predicted of it, and nothing of the search."""
-    data, _ = small.data()
-    run = small.run(folds, MOBILENET)
-    pixels = data.pixels.copy()
-    outer = data.tiles["compound"].isin(run.fold.held_out).to_numpy()
-    pixels[outer] = np.random.default_rng(1).integers(0, 256, pixels[outer].shape, np.uint8)
-    changed = dataclasses.replace(data, pixels=pixels)
-    choose(Trainers(lambda settings: Trainer(MOBILENET, changed, settings, OneRank())), run, folds, tmp_path)
-    assert record(tmp_path / run.id) == record(whole)
-    for candidate in GRID:
-        below = f"search/{candidate.name}"
-        pd.testing.assert_frame_equal(
-            predictions(tmp_path / run.id / below), predictions(whole / below), check_exact=True
-        )
-    assert not predictions(tmp_path / run.id).equals(predictions(whole))
 
 
 def test_stopped_again_and_again_it_chooses_and_predicts_the_same(
