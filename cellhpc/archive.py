@@ -26,11 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-import zarr.codecs
-import zarr.storage
 
-from cellhpc.codecs import CODECS
 from cellhpc.errors import DataError, UserError
 from cellhpc.ledger import digest, read_json, write_json, write_text
 from cellhpc.ome import image_metadata, plate_metadata, well_metadata, well_path
@@ -227,6 +223,11 @@ def _read_field(folder: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def _array_metadata(archive: Archive) -> str:
     """Make the `zarr.json` of a field's array (c, y, x), the same for all fields."""
+    import zarr.codecs  # workers without an archive start without it
+    import zarr.storage
+
+    from cellhpc.codecs import CODECS
+
     memory: dict[str, Any] = {}
     shape = len(archive.channels), archive.format.height, archive.format.width
     counts = [max(1, round(size / CHUNK_PX)) for size in shape[1:]]

@@ -339,3 +339,8 @@ def test_no_more_workers_than_cores_for_the_task(monkeypatch: pytest.MonkeyPatch
     assert cores() == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4096")
     assert cores() == everything
+
+
+def test_a_worker_starts_without_what_only_the_plan_needs() -> None:
+    words = "import sys, cellhpc.convert.tasks; print({'pandas', 'pydantic', 'zarr'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -69,7 +69,7 @@ def test_a_field_of_16_bits_in_chunks_that_do_not_divide_it(codec: str, past_cac
     damaged = bytearray((tmp_path / "0" / "c.0.0.0").read_bytes())
     damaged[7] ^= 1
     (tmp_path / "0" / "c.0.0.0").write_bytes(damaged)
-    with pytest.raises(Exception, match="(?i)checksum"):
+    with pytest.raises(Exception, match=r"(?i)checksum"):
         array[:]
 
 

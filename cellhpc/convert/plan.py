@@ -13,16 +13,18 @@ import collections
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from cellhpc.archive import Archive, count_files, read_record
 from cellhpc.correct import TileRecipe
 from cellhpc.errors import listing
 from cellhpc.pixels import FieldFormat, file_bytes
 from cellhpc.record import content_digest, read_plate
-from cellhpc.settings import ConvertSettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cellhpc.settings import ConvertSettings
 
 THREADS = 2
 """Tasks that a worker process has in hand: while one waits for the disk, another one works."""

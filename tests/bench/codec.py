@@ -1,7 +1,7 @@
-"""Which codec, chunk and shard for the tiles: size on disk, and speed of writing and reading, by Zarr itself.
+"""Which codec, chunk and shard for the tiles: size on disk, and speed of writing and reading.
 
-Tiles of 224 pixels of the synthetic demo's cells, drawn at full size. Reading is of single tiles in a random order, as
-training from shards does, and of whole shards, as loading into memory does. One thread.
+Tiles of 224 pixels of the synthetic demo's cells, drawn at full size. They are written as a conversion writes them, to
+the disk, and read as training does, in a random order; and whole shards are read by Zarr. One thread.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
+import pandas as pd
 import tifffile
 import zarr
 import zarr.codecs
 
 from cellhpc.correct import TileRecipe, cut_tiles, histograms, plate_statistics
+from cellhpc.shard_writer import ShardWriter
+from cellhpc.shards import Shards
 from cellhpc.synth import choose, synth
 
 FIELDS, TILE_PX = 16, 224
@@ -52,28 +55,35 @@ def measure(tiles: np.ndarray, folder: Path, codec: dict[str, Any] | None, shard
     """Write and read the tiles, each the best of three."""
     tile, shard = tiles.shape[1:], shard_fields * 4
     writes, singles, wholes = [], [], []
+    one = np.empty((1, *tile), np.uint8)
     order = np.random.default_rng(0).permutation(len(tiles))
     for number in range(3):
+        plate = folder / str(number) / "P" / f"tiles_{TILE_PX}"
         array = zarr.create_array(
-            folder / str(number), shape=tiles.shape, chunks=(1, *tile), shards=(shard, *tile), dtype="uint8",
+            plate, shape=tiles.shape, chunks=(1, *tile), shards=(shard, *tile), dtype="uint8", fill_value=0,
             compressors=zarr.codecs.BloscCodec(**codec) if codec else None,
+            chunk_key_encoding={"name": "default", "separator": "."},
         )  # fmt: skip
         began = time.perf_counter()
         for first in range(0, len(tiles), shard):
-            array[first : first + shard] = tiles[first : first + shard]
+            writer = ShardWriter(plate)
+            for field in range(first, first + shard, 4):
+                writer.put(tiles[field : field + 4], field - first)
+            writer.write(f"c.{first // shard}.0.0.0", plate)
         writes.append(time.perf_counter() - began)
+        shards = Shards(folder / str(number), pd.DataFrame({"plate": "P", "row": order}), tile)
         began = time.perf_counter()
-        for row in order:
-            array[row]
+        for row in range(len(order)):
+            shards.decode(np.array([row]), one, threads=1)
         singles.append(time.perf_counter() - began)
         began = time.perf_counter()
         for first in range(0, len(tiles), shard):
             array[first : first + shard]
         wholes.append(time.perf_counter() - began)
-    files = [path for path in (folder / "0").rglob("*") if path.is_file()]
+    files = list((folder / "0").rglob("c.*"))
     return {
         "ratio": tiles.nbytes / sum(path.stat().st_size for path in files),
-        "files_a_field": (len(files) - 1) / (len(tiles) / 4),
+        "files_a_field": len(files) / (len(tiles) / 4),
         "write_mb_per_s": tiles.nbytes / 1e6 / min(writes),
         "tiles_per_s": len(tiles) / min(singles),
         "read_mb_per_s": tiles.nbytes / 1e6 / min(wholes),
