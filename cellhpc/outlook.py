@@ -1,0 +1,92 @@
+"""What is missing of a study's trainings, and what that will cost: its plan handed to `cellhpc.cost`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from cellhpc.cost import Cost, Load, Place, Stored, estimate
+from cellhpc.inputs import mix
+from cellhpc.measured import parts_of
+from cellhpc.pipeline import StudyPlan
+from cellhpc.site import MeasuredSettings, Site
+from cellhpc.submission import Task
+from cellhpc.tiles import Store
+from cellhpc.traffic import count
+
+
+def outlook(
+    plan: StudyPlan,
+    arrays: Sequence[tuple[int, Sequence[Task]]],
+    place: Place,
+    measured: MeasuredSettings | None = None,
+) -> Cost:
+    """Estimate what tasks of a study's missing runs cost.
+
+    Parameters
+    ----------
+    plan
+        The study.
+    arrays
+        Training tasks, in groups that run side by side, each with how many of its tasks may run at a time.
+    place
+        What each of them has.
+    measured
+        The site file's `[measured]`.
+
+    Raises
+    ------
+    UserError
+        The site file's figures name no network, a network can't be built, or a shard is damaged.
+    """
+    measured = measured or MeasuredSettings()
+    tiles, stored = _tiles(plan)
+    loads = {run.id: Load(run.network, run.tile_px, *tiles[run.fold.name]) for run in plan.missing}
+    jobs = [(most, [[loads[name] for name in task.runs] for task in tasks]) for most, tasks in arrays]
+    networks = {(load.network, load.tile_px) for _, of in jobs for job in of for load in job}
+    units = ((run.network, plan.folder.runs / run.id) for run in plan.runs)
+    parts = parts_of(sorted({name for name, _ in networks}), place.ranks, measured, units)
+    ranks = max([place.ranks, *(part.images_per_s.ranks for part in parts.values() if part.images_per_s)])
+    sizes = None
+    if ranks > 1 and networks:
+        inputs = mix(plan.conversion.channels, plan.job.train.inputs).shape[1]
+        wanted = [(name, px, inputs) for name, px in sorted(networks)]
+        if found := count(wanted, len(plan.folds.classes), plan.job.train):
+            sizes = {name: size for (name, _, _), size in zip(wanted, found, strict=True)}
+    return estimate(
+        jobs, place, plan.job.train, stored, parts, sizes, measured.allreduce_mb_per_s, plan.job.sweep.stage
+    )
+
+
+def place_on(site: Site, ranks: int) -> Place:
+    """Say what a job of training has on a cluster."""
+    train = site.train
+    gres = re.findall(r"gpu(?::[^,:()]*[^,:()\d][^,:()]*)?(?::(\d+))?(?=$|[,(])", train.gres or "")
+    gpus = train.gpus_per_task * ranks or train.nodes * sum(int(number or 1) for number in gres)
+    return Place(ranks, train.nodes, ranks * train.cpus_per_task, gpus, train.time * 60.0 - train.signal_seconds)
+
+
+def _tiles(plan: StudyPlan) -> tuple[dict[str, tuple[int, int]], Stored]:
+    """Count the tiles that each fold trains on and holds out, and what they take in the store."""
+    folds, conversion = plan.folds, plan.conversion
+    store = Store.open(conversion.store, plan.plates) if plan.converted else None
+    table, each = (store.tiles, 1) if store else (plan.screen.fields, conversion.tiles_per_field)
+    used = folds.used(table)
+    counts = table.loc[used, folds.by].astype(str).value_counts()
+    number = int(used.sum()) * each
+    tiles = {}
+    for fold in folds.folds:
+        held_out = sum(int(counts.get(value, 0)) for value in fold.held_out) * each
+        tiles[fold.name] = (number - held_out, held_out)
+    sides = sorted({run.tile_px for run in plan.missing})
+    if store is None:
+        plain = {side: float(number * side * side * len(conversion.channels)) for side in sides}
+        how = "tiles before compression, none set aside: the store is not converted yet"
+        return tiles, Stored(number, plain, plain, how)
+    shards = {side: store.shards(store.tiles[used], side) for side in sides}
+    files = {
+        side: float(sum(one.path(shard).stat().st_size for shard in range(one.count))) for side, one in shards.items()
+    }
+    return tiles, Stored(
+        number, {side: one.stored_bytes() for side, one in shards.items()}, files, "tiles as they lie in the store"
+    )
