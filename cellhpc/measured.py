@@ -103,8 +103,8 @@ class _Told:
 
     Attributes
     ----------
-    epochs, ranks
-        Its history, and the ranks that trained it.
+    epochs, ranks, where
+        Its history, the ranks that trained it, and their threads and host.
     after_start
         Seconds of its process before it; None unless it was the first there.
     beside
@@ -113,6 +113,7 @@ class _Told:
 
     epochs: list[dict[str, Any]]
     ranks: int
+    where: str
     after_start: float | None
     beside: float | None
 
@@ -129,9 +130,10 @@ class _Told:
             whole = (unit / DONE).stat().st_mtime - (folder / ABOUT).stat().st_mtime
             after_start = about["began"] - about["started"] if "started" in about else None
             beside = max(0.0, whole - told) if record["attempts"] == 1 else None
+            where = f"{record['threads']} thread(s) on {record['host']}"
         except (FileNotFoundError, KeyError):  # of an earlier version, or removed just now
             return None
-        return cls(epochs, record["ranks"], after_start, beside)
+        return cls(epochs, record["ranks"], where, after_start, beside)
 
     def more_in_first_epoch(self, speed: float) -> float:
         """Seconds that the first epoch took more than its images take at full speed."""
@@ -172,12 +174,10 @@ def _parts(runs: list[_Told], ranks: int) -> Parts:
         if run.after_start is not None and run.beside is not None
     ]
 
-    def figure(value: float | None, count: int) -> Figure | None:
-        return None if value is None else Figure(value, f"median of {count} finished run(s) of this study", ranks)
+    where = " and ".join(sorted({run.where for run in runs}))
 
-    return Parts(
-        figure(speed, len(runs)),
-        figure(statistics.median(predicted), len(runs)),
-        figure(statistics.median(starts) if starts else None, len(starts)),
-        figure(beside, len(later or every)),
-    )
+    def figure(value: float | None) -> Figure | None:
+        return None if value is None else Figure(value, f"finished runs of this study, {where}", ranks)
+
+    start = statistics.median(starts) if starts else None
+    return Parts(figure(speed), figure(statistics.median(predicted)), figure(start), figure(beside))

@@ -1,11 +1,12 @@
-"""What is missing of a study's trainings, and what that will cost: its plan handed to `cellhpc.cost`."""
+"""What is missing of a study's trainings, and what that will cost: its plan handed to `cellhpc.estimate`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from cellhpc.cost import Cost, Load, Place, Stored, estimate
+from cellhpc.cost import Cost, Load, Place, Stored
+from cellhpc.estimate import estimate
 from cellhpc.inputs import mix
 from cellhpc.measured import parts_of
 from cellhpc.pipeline import StudyPlan
