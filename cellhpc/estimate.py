@@ -236,9 +236,11 @@ class _Model:
 
     def assumptions(self, names: Sequence[str]) -> list[str]:
         place, settings = self.place, self.settings
-        lines = []
+        told: dict[str, list[str]] = {}
         for name in names:
-            lines += self._assumed_of(name)
+            for text in self._assumed_of(name):
+                told.setdefault(text, []).append(name)
+        lines = [f"{' and '.join(who)}: {text}" for text, who in told.items()]
         if place.ranks > 1:
             lines += self._assumed_of_ranks(names)
         lines += [
@@ -267,13 +269,13 @@ class _Model:
                 told.setdefault(figure.source.removeprefix(f"measured.{key} of "), []).append(
                     text.format(number_text(figure.value)) + ranks
                 )
-        lines = [f"{name}: {', '.join(what)} ({source})" for source, what in told.items()]
+        lines = [f"{', '.join(what)} ({source})" for source, what in told.items()]
         if parts.predicted_per_s is None:
-            lines.append(f"{name}: predicting takes as long as training, which is the most (not measured)")
+            lines.append("predicting takes as long as training, which is the most (not measured)")
         missing = {"a start-up": parts.start_seconds, "a run beside its steps": parts.run_seconds}
         none = [what for what, figure in missing.items() if figure is None]
         if none:
-            lines.append(f"{name}: {' and '.join(none)} takes no time (not measured: the hours are a lower bound)")
+            lines.append(f"{' and '.join(none)} takes no time (not measured: the hours are a lower bound)")
         return lines
 
     def _assumed_of_ranks(self, names: Sequence[str]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cellhpc.cost import Cost, Load, Place, Stored
 from cellhpc.estimate import estimate
+from cellhpc.folds import Folds
 from cellhpc.inputs import mix
 from cellhpc.measured import parts_of
 from cellhpc.pipeline import StudyPlan
@@ -14,6 +16,9 @@ from cellhpc.site import MeasuredSettings, Site
 from cellhpc.submission import Task
 from cellhpc.tiles import Store
 from cellhpc.traffic import count
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def outlook(
@@ -41,7 +46,7 @@ def outlook(
         The site file's figures name no network, a network can't be built, or a shard is damaged.
     """
     measured = measured or MeasuredSettings()
-    tiles, stored = _tiles(plan)
+    tiles, stored = _stored(plan)
     loads = {run.id: Load(run.network, run.tile_px, *tiles[run.fold.name]) for run in plan.missing}
     jobs = [(most, [[loads[name] for name in task.runs] for task in tasks]) for most, tasks in arrays]
     networks = {(load.network, load.tile_px) for _, of in jobs for job in of for load in job}
@@ -67,27 +72,29 @@ def place_on(site: Site, ranks: int) -> Place:
     return Place(ranks, train.nodes, ranks * train.cpus_per_task, gpus, train.time * 60.0 - train.signal_seconds)
 
 
-def _tiles(plan: StudyPlan) -> tuple[dict[str, tuple[int, int]], Stored]:
-    """Count the tiles that each fold trains on and holds out, and what they take in the store."""
+def tiles_by_fold(folds: Folds, table: pd.DataFrame, each: int) -> dict[str, tuple[int, int]]:
+    """Count the tiles that each fold trains on and holds out, of a table of fields or tiles with so many in a row."""
+    counts = table.loc[folds.used(table), folds.by].astype(str).value_counts() * each
+    held_out = {fold.name: sum(int(counts.get(value, 0)) for value in fold.held_out) for fold in folds.folds}
+    return {name: (int(counts.sum()) - held, held) for name, held in held_out.items()}
+
+
+def _stored(plan: StudyPlan) -> tuple[dict[str, tuple[int, int]], Stored]:
+    """Count the tiles by folds, and what they take in the store."""
     folds, conversion = plan.folds, plan.conversion
-    store = Store.open(conversion.store, plan.plates) if plan.converted else None
-    table, each = (store.tiles, 1) if store else (plan.screen.fields, conversion.tiles_per_field)
-    used = folds.used(table)
-    counts = table.loc[used, folds.by].astype(str).value_counts()
-    number = int(used.sum()) * each
-    tiles = {}
-    for fold in folds.folds:
-        held_out = sum(int(counts.get(value, 0)) for value in fold.held_out) * each
-        tiles[fold.name] = (number - held_out, held_out)
     sides = sorted({run.tile_px for run in plan.missing})
-    if store is None:
+    if not plan.converted:
+        tiles = tiles_by_fold(folds, plan.screen.fields, conversion.tiles_per_field)
+        number = sum(next(iter(tiles.values())))
         plain = {side: float(number * side * side * len(conversion.channels)) for side in sides}
         how = "tiles before compression, none set aside: the store is not converted yet"
         return tiles, Stored(number, plain, plain, how)
-    shards = {side: store.shards(store.tiles[used], side) for side in sides}
-    files = {
-        side: float(sum(one.path(shard).stat().st_size for shard in range(one.count))) for side, one in shards.items()
-    }
-    return tiles, Stored(
-        number, {side: one.stored_bytes() for side, one in shards.items()}, files, "tiles as they lie in the store"
+    store = Store.open(conversion.store, plan.plates)
+    used = store.tiles[folds.used(store.tiles)]
+    shards = {side: store.shards(used, side) for side in sides}
+    return tiles_by_fold(folds, used, 1), Stored(
+        len(used),
+        {side: one.stored_bytes() for side, one in shards.items()},
+        {side: float(sum(one.path(n).stat().st_size for n in range(one.count))) for side, one in shards.items()},
+        "tiles as they lie in the store",
     )
