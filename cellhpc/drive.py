@@ -202,6 +202,11 @@ class SubmissionPlan:
             study.folder, study.job, self.site, self.tasks, folder or self.folder, self.most, self.image, known_as
         )
 
+    @property
+    def trains(self) -> bool:
+        """Whether something is to be trained."""
+        return any(task.stage == "train" for task in self.tasks)
+
     @cached_property
     def cost(self) -> Cost:
         """What its trainings cost."""
@@ -227,7 +232,7 @@ class SubmissionPlan:
                 "files": 3 + jobs + 4 * tasks + 2 * ranks,
                 "scripts": scripts,
             },
-            "cost": self.cost.to_json(),
+            **({"cost": self.cost.to_json()} if self.trains else {}),
             "notes": list(self.notes),
         }
 
@@ -256,7 +261,7 @@ class SubmissionPlan:
             f"Submit {facts['jobs']:,} job(s) of {facts['tasks']:,} task(s), {facts['processes']:,} processes in all",
             f"  write   about {facts['files']:,} files besides the runs' own",
         ]
-        if any(task.stage == "train" for task in self.tasks):
+        if self.trains:
             lines.append(self.cost.render())
         return "\n".join([*lines, *self.notes])
 

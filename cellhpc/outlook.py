@@ -43,7 +43,7 @@ def outlook(
     Raises
     ------
     UserError
-        The site file's figures name no network, a network can't be built, or a shard is damaged.
+        The site file's figures are of what is no network, one can't be built, or a shard is damaged.
     """
     measured = measured or MeasuredSettings()
     tiles, stored = _stored(plan)

@@ -99,8 +99,10 @@ def test_what_is_not_known_is_said_and_not_made_up() -> None:
     assert "[measured] images_per_s = { ResNet50 = ... }" in found.render()
     ranks = cost(place=Place(ranks=2), sizes=SIZES)
     assert ranks.unknown[0].startswith("ResNet50 was measured with 1 rank(s), not 2. Give measured.allreduce_mb_per_s")
-    (speed_alone,) = (Parts(PARTS["ResNet50"].images_per_s),)
-    lower = cost(parts={"ResNet50": speed_alone})
+    without_tensorflow = cost(place=Place(ranks=2))
+    assert without_tensorflow.unknown[0].endswith("is counted by TensorFlow, which is not installed here")
+    assert without_tensorflow.networks[0].sent_bytes is None
+    lower = cost(parts={"ResNet50": Parts(PARTS["ResNet50"].images_per_s)})
     assert lower.networks[0].hours == pytest.approx(6 * (200 + 60) / 20 / 3600)  # predictions at the training's speed
     assert any("the hours are a lower bound" in line for line in lower.assumptions)
 
