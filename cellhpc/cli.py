@@ -381,8 +381,8 @@ def _stages(
             plan = plan_study(job)
             cost = drive.cost_here(plan) if "train" in stages else None
             facts = plan.facts() | ({"cost": cost.to_json()} if cost else {})
-            text = [plan.render(stages), *([cost.render()] if cost else [])]
-            _answer(facts, as_json, lambda: click.echo("\n".join(text)))
+            told = [plan.render(stages), *([cost.render()] if cost else [])]
+            _answer(facts, as_json, lambda: click.echo("\n".join(told)))
             return
         _done_here(*drive.run_study(job, stages), stages, as_json)
         return
