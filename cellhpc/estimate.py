@@ -289,7 +289,7 @@ class _Model:
         scaled = any((figure := self.parts[name].images_per_s) and figure.ranks != self.place.ranks for name in names)
         lines.append(
             f"{number_text(self.allreduce_mb_per_s)} MB/s sent by a rank, none of it while gradients are computed, and "
-            "arithmetic that ranks share evenly (measured.allreduce_mb_per_s of the site file)"
+            "arithmetic that ranks share evenly (measured.allreduce_mb_per_s)"
             if scaled
             else "the time for that is in the images/s"
         )

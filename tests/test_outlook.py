@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from cellhpc.cli import cli
 from cellhpc.outlook import place_on
 from cellhpc.site import parse_site
+from tests.conftest import Cellhpc
 from tests.small_screen import make_small_screen
 
 JOB = """
@@ -51,16 +51,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dry_run(folder: Path, command: str, *words: str, more: str = ", VGG16 = 10") -> str:
-    (folder / "site.toml").write_text(SITE.format(more=more))
-    done = CliRunner().invoke(cli, [command, str(folder / "job.toml"), "--dry-run", *words], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
+DryRun = Callable[..., str]
 
 
-def test_the_dry_run_for_a_site_tells_what_trainings_cost(folder: Path) -> None:
+@pytest.fixture
+def dry_run(folder: Path, cellhpc: Cellhpc) -> DryRun:
+    """What a command says with --dry-run; `more` goes into the site file's speeds."""
+
+    def command(name: str, *words: str, more: str = ", VGG16 = 10") -> str:
+        (folder / "site.toml").write_text(SITE.format(more=more))
+        done = cellhpc(name, folder / "job.toml", "--dry-run", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return command
+
+
+def test_the_dry_run_for_a_site_tells_what_trainings_cost(folder: Path, dry_run: DryRun) -> None:
     words = ("--site", str(folder / "site.toml"))
-    cost = json.loads(dry_run(folder, "run", *words, "--json"))["cost"]
+    cost = json.loads(dry_run("run", *words, "--json"))["cost"]
     # Four folds of 12 fields, of four tiles each: 144 tiles to train on, 48 held out.
     steps = 3 * (144 // 16)
     assert [one["steps"] for one in cost["networks"]] == [4 * steps] * 2
@@ -70,7 +79,7 @@ def test_the_dry_run_for_a_site_tells_what_trainings_cost(folder: Path) -> None:
     assert cost["gpu_hours"] == pytest.approx(2 * sum(jobs) / 3600)
     assert cost["core_hours"] == pytest.approx(4 * sum(jobs) / 3600)
     assert cost["bytes_read"] == 2 * 192 * 32 * 32 * 3
-    said = dry_run(folder, "run", *words)
+    said = dry_run("run", *words)
     assert "Cost of 8 run(s) in 2 job(s) of 1 rank(s) on 2 GPU(s) and 4 core(s), 2 at a time" in said
     assert f"training: about {max(jobs) / 60:.2f} min once jobs run" in said
     assert "    - ResNet50: 20.0 images/s in a job with 1 rank(s), " in said
@@ -78,18 +87,18 @@ def test_the_dry_run_for_a_site_tells_what_trainings_cost(folder: Path) -> None:
     assert not (folder / "study").exists()
 
 
-def test_a_network_without_a_speed_is_one_line_with_what_to_type(folder: Path) -> None:
-    said = dry_run(folder, "run", "--site", str(folder / "site.toml"), more="").splitlines()
+def test_a_network_without_a_speed_is_one_line_with_what_to_type(folder: Path, dry_run: DryRun) -> None:
+    said = dry_run("run", "--site", str(folder / "site.toml"), more="").splitlines()
     assert [line for line in said if "not known" in line] == [
         "  time    not known: no run of VGG16 has been measured. Type the same when one has finished, or give its "
         "speed in the site file: [measured] images_per_s = { VGG16 = ... }"
     ]
 
 
-def test_here_it_is_told_too_but_not_of_other_stages(folder: Path) -> None:
-    assert "no run of ResNet50 has been measured" in dry_run(folder, "run")
-    assert "Cost of" not in dry_run(folder, "convert")
-    assert "cost" not in json.loads(dry_run(folder, "convert", "--json"))
+def test_here_it_is_told_too_but_not_of_other_stages(dry_run: DryRun) -> None:
+    assert "no run of ResNet50 has been measured" in dry_run("run")
+    assert "Cost of" not in dry_run("convert")
+    assert "cost" not in json.loads(dry_run("convert", "--json"))
 
 
 @pytest.mark.parametrize(
