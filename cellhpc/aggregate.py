@@ -25,6 +25,9 @@
       by_compound[], wrong[]      right treatments of each compound; the treatments that were wrong
       curves.{all, SEED}.{tile, field, well, treatment}.{correct, total}      lists, an entry an epoch, folds pooled
       cost.{runs, epochs, hours, images_per_s, ranks, memory_mb}
+    search[]                      with a `[search]`: what each run chose, and on what
+      network, initialisation, seed, fold, values                           `values` as in `[search]`
+      log_probability, fields.{correct, total}, inner, diverged             of inner compounds; candidates that diverged
     baselines.{chance, majority, batch_only}                                of treatments; null while folds are missing
     conversion                    counts of the store, and the fields that were set aside, each with its reason
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
@@ -82,6 +85,11 @@ class FinishedRun:
     def fold(self) -> str:
         """Name of the run's fold."""
         return str(self.facts["fold"]["name"])
+
+    @property
+    def search(self) -> dict[str, Any] | None:
+        """How the run chose its settings, if it did."""
+        return self.facts.get("search")
 
 
 def aggregate(
@@ -172,6 +180,7 @@ def aggregate(
         "folds": {"by": folds.by, "sha256": folds.sha256, "total": len(folds.folds)},
         "runs": {"done": len(outputs), "expected": len(runs), "missing": missing},
         "models": [model for model, _ in scored],
+        **_searched([run for group in models.values() for run in group]),
         "baselines": scores.baselines(wells if whole else wells.iloc[:0], classes),
         "conversion": dict(conversion or {}),
         "quality": summary(store.fields) if store else {},
@@ -241,6 +250,7 @@ def _problems_of(run: FinishedRun, classes: Sequence[str], folds: Folds) -> list
             problems.append(f"no predictions of {folds.by} {listing(unseen)}, which its fold {run.fold} holds out")
     if trained := held_out & set(run.facts.get("trained_on", ())):
         problems.append(f"holds out {folds.by} {listing(trained)}, which it trained on: a leak")
+    problems += _problems_of_search(run, folds)
     if not run.epochs:
         problems.append("its history has no epochs")
     if not problems:
@@ -249,6 +259,25 @@ def _problems_of(run: FinishedRun, classes: Sequence[str], folds: Folds) -> list
         except DataError as fault:
             problems.append(" ".join(str(fault).split()))
     return [f"{run.id}: {problem}" for problem in problems]
+
+
+def _problems_of_search(run: FinishedRun, folds: Folds) -> list[str]:
+    """List what is wrong with how a run chose its settings: what it held out may have had no part in that."""
+    inner = next((set(fold.inner) for fold in folds.folds if fold.name == run.fold), set())
+    if run.search is None:
+        return ["folds.json names inner compounds to choose on, and it did not choose"] if inner else []
+    held_out, asked = set(run.facts["fold"]["held_out"]), set(run.search["asked"])
+    trained = set(run.search["trained_on"])
+    problems = []
+    if leaked := held_out & (asked | trained):
+        problems.append(f"holds out {folds.by} {listing(leaked)}, which took part in its search: a leak")
+    if asked != inner:
+        problems.append(f"chose on {folds.by} {listing(asked)}; folds.json: {listing(inner)}")
+    if both := asked & trained:
+        problems.append(f"its search trained on {folds.by} {listing(both)}, on which it chose: a leak")
+    if len(run.epochs) != (planned := run.facts["settings"]["epochs"]):
+        problems.append(f"its history has {len(run.epochs)} epochs, and it chose {planned}")
+    return problems
 
 
 def _problems_between(runs: Sequence[FinishedRun]) -> list[str]:
@@ -265,7 +294,8 @@ def _problems_between(runs: Sequence[FinishedRun]) -> list[str]:
             )
     epochs: dict[tuple[str, str], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        epochs[run.model][len(run.epochs)].append(run.id)
+        if run.search is None:  # else epochs may have been what it chose
+            epochs[run.model][len(run.epochs)].append(run.id)
     for model, lengths in epochs.items():
         if len(lengths) > 1:
             found = "; ".join(f"{length} epochs in {listing(ids, 3)}" for length, ids in sorted(lengths.items()))
@@ -320,27 +350,49 @@ def _score_model(
 
 
 def _curves(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[int]]]:
-    """Held-out counts of each epoch at each level, summed over runs."""
+    """Held-out counts of each epoch at each level, summed over runs; one that chose fewer epochs stays at its last."""
+    epochs = range(max(len(run.epochs) for run in runs))
+    together = [[run.epochs[min(epoch, len(run.epochs) - 1)] for run in runs] for epoch in epochs]
     return {
         level: {
-            count: [
-                sum(int(epoch["held_out"][level][count]) for epoch in same)
-                for same in zip(*(run.epochs for run in runs), strict=True)
-            ]
+            count: [sum(int(epoch["held_out"][level][count]) for epoch in same) for same in together]
             for count in ("correct", "total")
         }
         for level in scores.LEVELS
     }
 
 
+def _searched(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """Say what each run chose; nothing without a search."""
+    chosen = []
+    for run in runs:
+        if run.search is None:
+            continue
+        candidates = {one["name"]: one for one in run.search["candidates"]}
+        best = candidates[run.search["chosen"]]
+        chosen.append(
+            {
+                "network": run.model[0],
+                "initialisation": run.model[1],
+                "seed": run.seed,
+                "fold": run.fold,
+                **{key: best[key] for key in ("values", "log_probability", "fields")},
+                "inner": run.search["inner"],
+                "diverged": [one["values"] for one in candidates.values() if "diverged" in one],
+            }
+        )
+    return {"search": chosen} if chosen else {}
+
+
 def _cost(runs: Sequence[FinishedRun]) -> dict[str, Any]:
-    """Time, speed and size of runs; a run whose record holds no time counts with that of its epochs."""
-    seconds = (run.facts.get("seconds") or sum(epoch["seconds"] for epoch in run.epochs) for run in runs)
+    """Time (of searches too), speed and size of runs; a run whose record holds no time counts with its epochs'."""
+    seconds = [run.facts.get("seconds") or sum(epoch["seconds"] for epoch in run.epochs) for run in runs]
+    seconds += [run.search["seconds"] for run in runs if run.search]
     speeds = [epoch["images_per_s"] for run in runs for epoch in run.epochs[1:] or run.epochs]
     memory = [run.facts["memory_mb"] for run in runs if run.facts.get("memory_mb")]
     return {
         "runs": len(runs),
-        "epochs": len(runs[0].epochs),
+        "epochs": max(len(run.epochs) for run in runs),
         "hours": sum(seconds) / 3600,
         "images_per_s": float(statistics.median(speeds)),
         "ranks": sorted({int(run.facts.get("ranks", 1)) for run in runs}),

@@ -35,7 +35,7 @@ from cellhpc.errors import DataError, UserError
 from cellhpc.ledger import digest, read_json, write_json, write_text
 from cellhpc.ome import image_metadata, plate_metadata, well_metadata, well_path
 from cellhpc.pixels import FieldFormat
-from cellhpc.shards import METADATA, remove_leftovers, write_shard
+from cellhpc.shard_writer import METADATA, ShardWriter, remove_leftovers
 from cellhpc.wells import ROWS, Place, place
 
 FORMAT = 1
@@ -168,7 +168,9 @@ def write_field(
         remove_leftovers(name, folder)
         remove_leftovers(name, array)
     write_text(array / METADATA, _array_metadata(archive))
-    shard_bytes = write_shard(array, SHARD, ..., np.moveaxis(pixels, -1, 0), folder, past_cache=True)
+    shard = ShardWriter(array)
+    shard.put(np.moveaxis(pixels, -1, 0))
+    shard_bytes, _ = shard.write(SHARD, folder, past_cache=True)
     highest = int(np.iinfo(archive.format.dtype).max)
     image = image_metadata(f"{plate} {well} field {field}", archive.channels, extremes, highest, archive.pixel_um)
     _write_group(folder, {"ome": image, "cellhpc": {"source": source, "shard_bytes": shard_bytes}})

@@ -53,7 +53,7 @@ def _running(runs: list[RunStatus]) -> Table:
             run.job,
             run.node,
             _clock(run.seconds) if run.seconds else "",
-            f"{run.epoch}/{run.epochs}",
+            f"{run.epoch}/{run.epochs}" + (f", candidate {run.candidate}" if run.candidate else ""),
             f"{run.images_per_s:,.0f}" if run.images_per_s else "",
             f"{100 * run.waiting_for_data:.1f} %" if run.waiting_for_data is not None else "",
             f"{run.memory_mb / 1024:.1f} GB" if run.memory_mb else "",

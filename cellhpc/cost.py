@@ -11,16 +11,35 @@ from cellhpc.convert.plan import size_text
 
 @dataclass(frozen=True)
 class Load:
-    """What a run has to do: its network, the side of its tiles, and how many its fold trains on and holds out."""
+    """One training: its network, the side of its tiles, how many it trains on and holds out, and for how long."""
 
     network: str
     tile_px: int
     training: int
     held_out: int
+    epochs: int
+    batch_size: int
+    searching: bool = False
+    """It is a candidate of a run's search, and not the run itself."""
+
+    @property
+    def steps(self) -> int:
+        """Count the steps as `train.Trainer.fit` does."""
+        return self.epochs * max(1, self.training // self.batch_size)
+
+    @property
+    def images(self) -> int:
+        """Tiles in these steps."""
+        return self.steps * self.batch_size
+
+    @property
+    def predicted(self) -> int:
+        """Tiles that it predicts: what it holds out, after every epoch."""
+        return self.epochs * self.held_out
 
 
 Job = Sequence[Load]
-"""Runs that share a job's processes, in their order."""
+"""Trainings that share a job's processes, in their order."""
 
 
 @dataclass(frozen=True)

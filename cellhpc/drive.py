@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cellhpc import slurm
-from cellhpc.attempts import newest
+from cellhpc.attempts import finished, newest
 from cellhpc.batch import UMASKS, Batch, image_digest, plan_batches, submit
 from cellhpc.cost import Cost, Place
 from cellhpc.errors import UsageError, UserError, listing
@@ -37,6 +37,7 @@ from cellhpc.submission import (
     read_submission,
     task_name,
 )
+from cellhpc.sweep import SEARCH
 
 DEFAULT_ARRAY_SIZE = 1001
 """Slurm's own MaxArraySize, where it can't be asked."""
@@ -97,7 +98,8 @@ def _refuse_if_submitted(folder: StudyFolder) -> None:
 
 def _train_here(plan: StudyPlan) -> None:
     """Train the missing runs and show how far they are: each rank 0 leaves the history of its run after every epoch."""
-    sweep, epochs = plan.job.sweep, plan.job.train.epochs
+    sweep, candidates = plan.job.sweep, [candidate.settings.epochs for candidate in plan.job.candidates]
+    epochs = sum(candidates) + max(candidates, default=plan.job.train.epochs)
     parallel, tasks = _tasks_here(plan)
     submission = new_submission(plan.folder, "here", tasks)
     running = {task.name: [plan.folder.runs / run for run in task.runs] for task in tasks}
@@ -109,10 +111,10 @@ def _train_here(plan: StudyPlan) -> None:
         def watch() -> None:
             for units in running.values():
                 while units:
-                    done, note = _epochs_done(units[0], began)
+                    done, note = _epochs_done(units[0], began, epochs)
                     advance(done - seen.get(units[0], 0), note)
                     seen[units[0]] = done
-                    if done < epochs and not (len(units) > 1 and _epochs_done(units[1], began)[0]):
+                    if done < epochs and not (len(units) > 1 and _epochs_done(units[1], began, epochs)[0]):
                         break
                     units.pop(0)
 
@@ -140,19 +142,27 @@ def cost_here(plan: StudyPlan) -> Cost:
     )
 
 
-def _epochs_done(unit: Path, began: float) -> tuple[int, str]:
-    """Count the epochs that a run has behind it; what an earlier attempt left does not count until it is continued."""
-    attempt = newest(unit)
-    if attempt is None:
-        return 0, ""
-    try:
-        history = attempt / "history.json"
-        if history.stat().st_mtime < began:
-            return 0, ""
-        epochs = read_json(history)["epochs"]
-    except FileNotFoundError:  # before the first epoch, or the attempt was cleared away by its successor
-        return 0, ""
-    return len(epochs), f"{unit.name}: loss {epochs[-1]['loss']:.3f}, {epochs[-1]['images_per_s']:.0f} images/s"
+def _epochs_done(unit: Path, began: float, most: int) -> tuple[int, str]:
+    """Count the epochs that a run and its search have behind them, and `most` when it is done: it may need fewer.
+
+    What an earlier attempt left does not count until it is continued.
+    """
+    done, note = 0, ""
+    for one in (*unit.glob(f"{SEARCH}/*"), unit):
+        attempt = newest(one)
+        if attempt is None:
+            continue
+        try:
+            history = attempt / "history.json"
+            if history.stat().st_mtime < began:
+                continue
+            epochs = read_json(history)["epochs"]
+        except FileNotFoundError:  # before the first epoch, or the attempt was cleared away by its successor
+            continue
+        done = most if one == unit and finished(unit) else done + len(epochs)
+        where = one.relative_to(unit.parent)
+        note = f"{where}: loss {epochs[-1]['loss']:.3f}, {epochs[-1]['images_per_s']:.0f} images/s"
+    return done, note
 
 
 @dataclass(frozen=True)

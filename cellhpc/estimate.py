@@ -62,7 +62,7 @@ def estimate(
     place
         What each job has.
     settings
-        How a run is trained.
+        How a run is trained; a training's epochs and batches are its own, as a search may vary them.
     stored
         The tiles.
     parts
@@ -74,8 +74,9 @@ def estimate(
     stage
         As `sweep.stage`.
     """
-    model = _Model(place, settings, stored, parts, sizes or {}, allreduce_mb_per_s, stage)
     loads = [load for _, jobs in arrays for job in jobs for load in job]
+    searching = any(load.searching for load in loads)
+    model = _Model(place, settings, stored, parts, sizes or {}, allreduce_mb_per_s, stage, searching)
     networks = tuple(
         model.network(name, [load for load in loads if load.network == name])
         for name in dict.fromkeys(load.network for load in loads)
@@ -117,19 +118,9 @@ class _Model:
     sizes: Mapping[str, Sizes]
     allreduce_mb_per_s: float | None
     stage: bool
+    searching: bool
 
     # ---- what is counted
-
-    def steps(self, load: Load) -> int:
-        """Count the steps of a run as `train.Trainer.fit` does."""
-        return self.settings.epochs * max(1, load.training // self.settings.batch_size)
-
-    def images(self, load: Load) -> int:
-        return self.steps(load) * self.settings.batch_size
-
-    def predicted(self, load: Load) -> int:
-        """Tiles that a run predicts: what it holds out, after every epoch."""
-        return self.settings.epochs * load.held_out
 
     def averaged(self, network: str, ranks: int) -> float | None:
         """Bytes that ranks average in a step, the mean over the epochs."""
@@ -153,7 +144,7 @@ class _Model:
         if self.stage:
             return starts * self.place.nodes * sum(self.stored.shard_bytes[side] for side in sides)
         each = {side: self.stored.bytes[side] / max(1, self.stored.tiles) for side in sides}
-        return sum(each[load.tile_px] * (self.images(load) + self.predicted(load)) for load in job)
+        return sum(each[load.tile_px] * (load.images + load.predicted) for load in job)
 
     # ---- what follows from what is measured
 
@@ -199,7 +190,7 @@ class _Model:
         assert speed is not None  # noqa: S101 - asked only where it is known
         predicted = self._per_tile(parts.predicted_per_s, speed)
         beside = parts.run_seconds.value if parts.run_seconds else 0.0
-        return self.images(load) / speed + self.predicted(load) / predicted + beside
+        return load.images / speed + load.predicted / predicted + beside
 
     def _per_tile(self, figure: Figure | None, speed: float) -> float:
         """Tiles/s of predictions, which ranks share without a word; none is slower than training."""
@@ -217,15 +208,15 @@ class _Model:
         return work + (starts or 0) * start, starts
 
     def network(self, name: str, loads: Sequence[Load]) -> NetworkCost:
-        steps = sum(self.steps(load) for load in loads)
+        steps = sum(load.steps for load in loads)
         sent = self.sent(name, self.place.ranks)
         known = not self.why_unknown(name)
         return NetworkCost(
             network=name,
-            runs=len(loads),
+            runs=sum(not load.searching for load in loads),
             steps=steps,
-            images=sum(self.images(load) for load in loads),
-            predicted=sum(self.predicted(load) for load in loads),
+            images=sum(load.images for load in loads),
+            predicted=sum(load.predicted for load in loads),
             images_per_s=self.speed(name),
             hours=sum(self.run(load) for load in loads) / 3600 if known else None,
             sent_bytes=sent,
@@ -245,7 +236,10 @@ class _Model:
             lines += self._assumed_of_ranks(names)
         lines += [
             f"every run trains {settings.epochs} epoch(s) of whole batches of {settings.batch_size}, and predicts what "
-            "it holds out after each; a step takes as long in every fold (train.epochs, train.batch_size)",
+            "it holds out after each; a step takes as long in every fold (train.epochs, train.batch_size)"
+            if not self.searching
+            else "every run trains each of its candidates and then chooses the one with the most steps; a training "
+            "predicts what it holds out after every epoch, and a step takes as long with all of them ([search])",
             f"read: {self._assumed_reading()}; {self.stored.how}",
             "all jobs that may run at a time do so at once; none fails, and checkpoints cost no time"
             + ("" if place.seconds is None else

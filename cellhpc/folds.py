@@ -1,7 +1,8 @@
 """What is held out, as data: a hashed file of compound splits that every result carries.
 
 The split is made from the fields table before a pixel is read. A fold holds out every field of one compound (or of one
-value of another column, as a cell line); all other used fields are its training set.
+value of another column, as a cell line); all other used fields are its training set. With a `[search]`, a fold also
+names its inner values, one of each label that can spare it: on them its run chooses, without what the fold holds out.
 """
 
 from __future__ import annotations
@@ -21,10 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fold:
-    """One fold: its name and the values of `Folds.by` that are held out."""
+    """One fold.
+
+    Attributes
+    ----------
+    name
+        Its name.
+    held_out
+        The values of `Folds.by` that are held out.
+    inner
+        Those of its training set that a search holds out in turn; none without a search.
+    untouched
+        Values that take no part at all, neither in training nor in predictions.
+    """
 
     name: str
     held_out: tuple[str, ...]
+    inner: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
+
+    def searching(self) -> Fold:
+        """Give the fold of this one's search: it holds out the inner values, and does not touch the outer ones."""
+        return Fold(self.name, self.inner, untouched=self.held_out)
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,19 @@ class Folds:
     @property
     def sha256(self) -> str:
         """Hash of the whole split."""
-        return digest(asdict(self))
+        return digest(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """Return the split as JSON-ready data; a fold names inner values only if there are some."""
+        folds = [
+            {key: value for key, value in asdict(fold).items() if value or key == "held_out"} for fold in self.folds
+        ]
+        return {**asdict(self), "folds": folds}
+
+    def cannot_spare(self, fold: Fold) -> list[str]:
+        """List the labels of which a search of this fold is asked nothing."""
+        asked = {label for value in fold.inner for label in self.labels[value]}
+        return sorted(set(self.classes) - asked)
 
     def used(self, table: pd.DataFrame) -> np.ndarray:
         """Rows of a table of fields or tiles that take part in the study, as a boolean array (n,)."""
@@ -62,25 +93,33 @@ class Folds:
 
     def held_out(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
         """Rows that `fold` holds out, as a boolean array (n,)."""
-        return self.used(table) & self._holds(table, fold)
+        return self.used(table) & self._holds(table, fold.held_out)
 
     def training(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
         """Rows that `fold` trains on, as a boolean array (n,)."""
-        return self.used(table) & ~self._holds(table, fold)
+        return self.used(table) & ~self._holds(table, (*fold.held_out, *fold.untouched))
 
-    def _holds(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
-        return table[self.by].astype(str).isin(fold.held_out).to_numpy()
+    def _holds(self, table: pd.DataFrame, values: tuple[str, ...]) -> np.ndarray:
+        return table[self.by].astype(str).isin(values).to_numpy()
 
 
-def plan_folds(fields: pd.DataFrame, settings: FoldsSettings) -> Folds:
+def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = False) -> Folds:
     """Split a fields table.
+
+    Parameters
+    ----------
+    fields, settings
+        The table, and what is held out.
+    search
+        Whether the folds get inner values to choose on.
 
     Raises
     ------
     UsageError
         `settings.by` is not a column of the table.
     DataError
-        Nothing is labelled, or a label has a single compound, which can't be held out.
+        Nothing is labelled, a label has a single compound, which can't be held out, or a fold can spare none for its
+        search.
     """
     by = settings.by
     if by not in fields.columns:
@@ -106,13 +145,37 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings) -> Folds:
         )
     used = used[used["label"].isin(classes)]
     labels = {str(value): tuple(sorted(set(rows))) for value, rows in used.groupby(used[by].astype(str))["label"]}
-    return Folds(
-        by=by,
-        classes=classes,
-        labels=labels,
-        dropped=tuple(sorted(single)),
-        folds=tuple(Fold(name, (name,)) for name in sorted(labels)),
-    )
+    folds = tuple(Fold(name, (name,), _spare(labels, name) if search else ()) for name in sorted(labels))
+    if search and (poor := [fold.name for fold in folds if not fold.inner]):
+        raise DataError(
+            f"{len(poor)} fold(s) have nothing to choose on: [search] needs a label with two {by}s besides what is "
+            "held out.",
+            [f"without {by} {name}: no label can spare one" for name in poor],
+            f"Leave [search] out, or add {by}s.",
+        )
+    return Folds(by=by, classes=classes, labels=labels, dropped=tuple(sorted(single)), folds=folds)
+
+
+def _spare(labels: dict[str, tuple[str, ...]], held_out: str) -> tuple[str, ...]:
+    """Draw the inner values of a fold: one of each label of which another is left to learn from.
+
+    The draw depends on fold, label and value alone: another seed of a run asks the same, and so do most folds of a
+    screen that has grown.
+    """
+    inner: list[str] = []
+    for label in sorted({label for own in labels.values() for label in own}):
+        if any(label in labels[value] for value in inner):
+            continue
+        left = [value for value in labels if value != held_out and value not in inner]
+        able = [
+            value
+            for value in left
+            if label in labels[value]
+            and all(any(own in labels[other] for other in left if other != value) for own in labels[value])
+        ]
+        if able:
+            inner.append(min(able, key=lambda value: digest(["inner", held_out, label, value])))
+    return tuple(sorted(inner))
 
 
 def check_folds(folds: Folds, tiles: pd.DataFrame) -> None:
@@ -127,10 +190,13 @@ def check_folds(folds: Folds, tiles: pd.DataFrame) -> None:
     for fold in folds.folds:
         if not folds.held_out(tiles, fold).any():
             problems.append(f"{folds.by} {fold.name}: none of its tiles was kept")
-        unseen = set(folds.classes) - set(tiles.loc[folds.training(tiles, fold), "label"])
-        problems += [
-            f"without {folds.by} {fold.name}: no tile of {label} is left to learn from" for label in sorted(unseen)
-        ]
+        for within in (fold, fold.searching()) if fold.inner else (fold,):
+            unseen = set(folds.classes) - set(tiles.loc[folds.training(tiles, within), "label"])
+            where = ", in its search" if within.untouched else ""
+            problems += [
+                f"without {folds.by} {fold.name}{where}: no tile of {label} is left to learn from"
+                for label in sorted(unseen)
+            ]
     if problems:
         raise DataError(
             f"{len(problems)} fold(s) can't be trained with the tiles that were kept.",
@@ -142,7 +208,7 @@ def check_folds(folds: Folds, tiles: pd.DataFrame) -> None:
 
 def write_folds(path: Path, folds: Folds) -> None:
     """Write the split with its hash."""
-    write_json(path, {**asdict(folds), "sha256": folds.sha256})
+    write_json(path, {**folds.document(), "sha256": folds.sha256})
 
 
 def read_folds(path: Path) -> Folds:
@@ -160,7 +226,9 @@ def read_folds(path: Path) -> Folds:
         classes=tuple(document["classes"]),
         labels={value: tuple(labels) for value, labels in document["labels"].items()},
         dropped=tuple(document["dropped"]),
-        folds=tuple(Fold(fold["name"], tuple(fold["held_out"])) for fold in document["folds"]),
+        folds=tuple(
+            Fold(fold["name"], tuple(fold["held_out"]), tuple(fold.get("inner", ()))) for fold in document["folds"]
+        ),
     )
     if folds.sha256 != stated:
         raise DataError(

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cellhpc.cost import Cost, Load, Place, Stored
 from cellhpc.estimate import estimate
-from cellhpc.folds import Folds
+from cellhpc.folds import Fold, Folds
 from cellhpc.inputs import mix
 from cellhpc.measured import parts_of
 from cellhpc.pipeline import StudyPlan
+from cellhpc.recipe import TrainSettings
+from cellhpc.settings import Job
 from cellhpc.site import MeasuredSettings, Site
 from cellhpc.submission import Task
+from cellhpc.sweep import Run
 from cellhpc.tiles import Store
 from cellhpc.traffic import count
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Tiles = Mapping[Fold, tuple[int, int]]
+"""How many tiles each fold trains on and holds out."""
 
 
 def outlook(
@@ -47,8 +53,8 @@ def outlook(
     """
     measured = measured or MeasuredSettings()
     tiles, stored = _stored(plan)
-    loads = {run.id: Load(run.network, run.tile_px, *tiles[run.fold.name]) for run in plan.missing}
-    jobs = [(most, [[loads[name] for name in task.runs] for task in tasks]) for most, tasks in arrays]
+    loads = {run.id: trainings(plan.job, run, tiles) for run in plan.missing}
+    jobs = [(most, [[load for name in task.runs for load in loads[name]] for task in tasks]) for most, tasks in arrays]
     networks = {(load.network, load.tile_px) for _, of in jobs for job in of for load in job}
     units = ((run.network, plan.folder.runs / run.id) for run in plan.runs)
     parts = parts_of(sorted({name for name, _ in networks}), place.ranks, measured, units)
@@ -72,20 +78,36 @@ def place_on(site: Site, ranks: int) -> Place:
     return Place(ranks, train.nodes, ranks * train.cpus_per_task, gpus, train.time * 60.0 - train.signal_seconds)
 
 
-def tiles_by_fold(folds: Folds, table: pd.DataFrame, each: int) -> dict[str, tuple[int, int]]:
+def tiles_by_fold(folds: Folds, table: pd.DataFrame, each: int) -> Tiles:
     """Count the tiles that each fold trains on and holds out, of a table of fields or tiles with so many in a row."""
-    counts = table.loc[folds.used(table), folds.by].astype(str).value_counts() * each
-    held_out = {fold.name: sum(int(counts.get(value, 0)) for value in fold.held_out) for fold in folds.folds}
-    return {name: (int(counts.sum()) - held, held) for name, held in held_out.items()}
+    return {
+        fold: (int(folds.training(table, fold).sum()) * each, int(folds.held_out(table, fold).sum()) * each)
+        for own in folds.folds
+        for fold in (own, own.searching())
+    }
 
 
-def _stored(plan: StudyPlan) -> tuple[dict[str, tuple[int, int]], Stored]:
+def trainings(job: Job, run: Run, tiles: Tiles) -> list[Load]:
+    """List the trainings of a run: its candidates, if it searches, and the longest of them once more."""
+
+    def load(fold: Fold, settings: TrainSettings, searching: bool) -> Load:
+        return Load(run.network, run.tile_px, *tiles[fold], settings.epochs, settings.batch_size, searching)
+
+    ways = [candidate.settings for candidate in job.candidates]
+    finals = [load(run.fold, settings, searching=False) for settings in ways or [job.train]]
+    return [
+        *(load(run.fold.searching(), settings, searching=True) for settings in ways),
+        max(finals, key=lambda one: one.steps),
+    ]
+
+
+def _stored(plan: StudyPlan) -> tuple[Tiles, Stored]:
     """Count the tiles by folds, and what they take in the store."""
     folds, conversion = plan.folds, plan.conversion
     sides = sorted({run.tile_px for run in plan.missing})
     if not plan.converted:
         tiles = tiles_by_fold(folds, plan.screen.fields, conversion.tiles_per_field)
-        number = sum(next(iter(tiles.values())))
+        number = int(folds.used(plan.screen.fields).sum()) * conversion.tiles_per_field
         plain = {side: float(number * side * side * len(conversion.channels)) for side in sides}
         how = "tiles before compression, none set aside: the store is not converted yet"
         return tiles, Stored(number, plain, plain, how)

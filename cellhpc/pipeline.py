@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from cellhpc.attempts import finished
 from cellhpc.convert import ConversionPlan, convert, plan_conversion
-from cellhpc.errors import DataError, UsageError
-from cellhpc.folds import Folds, check_folds, plan_folds, read_folds, write_folds
+from cellhpc.errors import DataError, UsageError, listing
+from cellhpc.folds import Fold, Folds, check_folds, plan_folds, read_folds, write_folds
 from cellhpc.inputs import mix
 from cellhpc.ledger import done_digest, read_json, write_json
 from cellhpc.memory import Allowed, allowed, held_bytes, too_large
 from cellhpc.networks import check
+from cellhpc.recipe import TrainSettings
 from cellhpc.record import finished_plates
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
@@ -58,22 +63,38 @@ class StudyPlan:
 
     @property
     def steps(self) -> int:
-        """Training steps of the missing runs, if no tile is set aside as empty."""
-        used = self.folds.used(self.screen.fields)
-        held_out = {fold.name: int(self.folds.held_out(self.screen.fields, fold).sum()) for fold in self.folds.folds}
+        """Training steps of the missing runs and of their searches, if no tile is set aside and all choose the most."""
+        return self._work[0]
+
+    @property
+    def images(self) -> int:
+        """Tiles in these steps."""
+        return self._work[1]
+
+    @cached_property
+    def _work(self) -> tuple[int, int]:
+        """Steps and their tiles."""
         tiles_per_field = self.job.convert.tile_grid[0] * self.job.convert.tile_grid[1]
-        batches = (
-            max(1, (int(used.sum()) - held_out[run.fold.name]) * tiles_per_field // self.job.train.batch_size)
-            for run in self.missing
-        )
-        return sum(batches) * self.job.train.epochs
+        settings = [candidate.settings for candidate in self.job.candidates]
+
+        def work(fold: Fold, ways: Sequence[TrainSettings]) -> np.ndarray:
+            tiles = int(self.folds.training(self.screen.fields, fold).sum()) * tiles_per_field
+            steps = [max(1, tiles // one.batch_size) * one.epochs for one in ways]
+            return np.array([(count, count * one.batch_size) for count, one in zip(steps, ways, strict=True)])
+
+        total = np.zeros(2, int)
+        for fold, count in Counter(run.fold for run in self.missing).items():
+            total += count * work(fold, settings or [self.job.train]).max(axis=0)
+            if settings:
+                total += count * work(fold.searching(), settings).sum(axis=0)
+        return int(total[0]), int(total[1])
 
     def facts(self, limit: Allowed | None = None) -> dict[str, Any]:
         """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training.
 
         `limit` is the memory for tiles on a host that trains; by default what may be used here.
         """
-        sweep, window = self.job.sweep, self.job.train.window_tiles
+        sweep, window, candidates = self.job.sweep, self.job.train.window_tiles, len(self.job.candidates)
         totals = self.conversion.totals()
         limit = limit or allowed(sweep.memory_gb, jobs=sweep.parallel_jobs)
         tile_bytes = len(self.conversion.channels) * max(tile_sizes_px(self.job)) ** 2
@@ -91,20 +112,40 @@ class StudyPlan:
                 "seeds": list(sweep.seeds),
                 "runs": len(self.runs),
                 "runs_missing": len(self.missing),
+                "candidates": candidates,
+                "trainings_missing": len(self.missing) * (1 + candidates),
                 "steps_missing": self.steps,
                 "tiles_in_memory_bytes": held,
                 "memory_for_tiles_bytes": int(limit.bytes),
                 "memory_for_tiles": limit.why,
                 "tiles_too_large": too_large(held, tile_bytes, limit, window),
                 "ranks": sweep.ranks,
-                "files": len(self.runs) * (FILES_OF_A_RUN + sweep.keep_weights),
+                "files": len(self.runs) * (FILES_OF_A_RUN * (1 + candidates) + sweep.keep_weights),
             },
         }
+
+    def _render_search(self) -> list[str]:
+        """Tell what each run chooses among, and on what."""
+        if not self.job.search:
+            return []
+        keys = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in self.job.search.items())
+        sizes = sorted({len(fold.inner) for fold in self.folds.folds})
+        lacking = Counter(label for fold in self.folds.folds for label in self.folds.cannot_spare(fold))
+        number, plural = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))), "s" if sizes[-1] > 1 else ""
+        lines = [
+            f"  search  each run chooses among {len(self.job.candidates)} candidates ({keys}),",
+            f"          on {number} inner {self.folds.by}{plural} of its own training set",
+        ]
+        if lacking:
+            spare = listing((f"{label} in {count} fold(s)" for label, count in lacking.items()), 6)
+            lines.append(f"          not asked, as none can be spared: {spare}")
+        return lines
 
     def render(self, stages: Sequence[str] = STAGES, limit: Allowed | None = None) -> str:
         """Tell the plan of these stages in a few lines, for `--dry-run`; `limit` as in `facts`."""
         facts = self.facts(limit)
         training = facts["training"]
+        sizes = sorted({one.settings.batch_size for one in self.job.candidates} or {self.job.train.batch_size})
         dropped = f"; dropped: {', '.join(self.folds.dropped)}" if self.folds.dropped else ""
         lines = [f"Plan of {self.job.study.name} in {self.folder.path}. Nothing has been written."]
         if "convert" in stages:
@@ -115,8 +156,10 @@ class StudyPlan:
                 f"  folds   {len(self.folds.folds)}, of {len(self.folds.classes)} labels{dropped}; "
                 f"split {self.folds.sha256[:12]}",
                 f"Train {' and '.join(training['networks'])} from {' and '.join(training['weights'])}",
-                f"  runs    {training['runs']:,}, of which {training['runs_missing']:,} are missing",
-                f"  steps   {training['steps_missing']:,} of {self.job.train.batch_size} tiles at most",
+                f"  runs    {training['runs']:,}, of which {training['runs_missing']:,} are missing"
+                + (f": {training['trainings_missing']:,} trainings" if training["candidates"] else ""),
+                *self._render_search(),
+                f"  steps   {training['steps_missing']:,} of {' or '.join(map(str, sizes))} tiles at most",
                 f"  ranks   {training['ranks']} for each run",
                 f"  memory  of tiles on a host {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most, and "
                 f"{training['memory_for_tiles_bytes'] / 1e6:,.0f} MB are for them ({training['memory_for_tiles']})",
@@ -140,7 +183,7 @@ def plan_study(job: Job) -> StudyPlan:
     # Once it is converted, a plate needs its tables and no more: the raw pictures may lie elsewhere by then.
     screen = read_screen(job.screen, converted=finished_plates(store))
     require_sound(screen, allow_missing=job.convert.on_bad_field == "skip")
-    folds = plan_folds(screen.fields, job.folds)
+    folds = plan_folds(screen.fields, job.folds, search=bool(job.search))
     conversion = plan_conversion(job.convert, screen, sizes, store)
     mix(conversion.channels, job.train.inputs)  # what is no channel is told before anything is done
     runs = plan_runs(job, folds, conversion.content_digest)
@@ -165,7 +208,8 @@ def claim_study(plan: StudyPlan) -> None:
     elif (known := read_folds(path)).sha256 != plan.folds.sha256:
         raise UsageError(
             f"{path} holds another split ({known.sha256[:12]}) than the screen gives now ({plan.folds.sha256[:12]}): "
-            "the screen's tables or [folds] changed. Choose another folder (--set study.folder=...) or remove this."
+            "the screen's tables, [folds] or [search] changed. Choose another folder (--set study.folder=...) or "
+            "remove this."
         )
 
 

@@ -87,6 +87,12 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 """What `train.preset` gives to the keys that are left out."""
 
 
+_OF_THE_STEPS = (
+    "preset", "epochs", "batch_size", "learning_rate", "scale_learning_rate", "schedule", "step_epochs", "step_factor",
+    "warmup_epochs", "class_weights", "head_epochs",
+)  # fmt: skip
+
+
 class TrainSettings(Settings):
     """`[train]`: how one network is fitted to one fold. Everything but `preset` changes the result.
 
@@ -100,7 +106,7 @@ class TrainSettings(Settings):
     committed. `fast`: a baseline; the head alone learns, on a backbone that stays as it was pre-trained. `best`: what
     was chosen on inner compounds of 660 fields of BBBC021, with MobileNet (`tests/bench/inner_choice.py`)."""
     epochs: int = Field(10, ge=1)
-    """Epochs, fixed before training: the held-out compound never chooses."""
+    """Epochs, fixed before training or chosen by `[search]`: the held-out compound never chooses."""
     batch_size: int = Field(32, ge=1)
     """Tiles in one step, all ranks together."""
 
@@ -195,6 +201,10 @@ class TrainSettings(Settings):
                 'xla and batch_norm = "synchronised" exclude each other: XLA can\'t wait for other ranks amid a pass'
             )
         return self
+
+    def graph(self) -> TrainSettings:
+        """Give these settings with the defaults for those that only the steps know: what a compiled network is of."""
+        return self.model_copy(update={key: type(self).model_fields[key].default for key in _OF_THE_STEPS})
 
     def part(self, epoch: int) -> Part:
         """Say what is trained in an epoch, counted from 1."""

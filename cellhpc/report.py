@@ -6,7 +6,8 @@ Both are made from the document of `scores.json` alone (see `cellhpc.aggregate`)
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cellhpc import figures
+from cellhpc.grid import describe
 
 SHOWN_LEVELS = ("treatment", "well", "field", "tile")
 
@@ -75,6 +77,7 @@ def render_report(scores: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["percent"] = _percent
+    environment.filters["describe"] = describe
     template = environment.from_string(
         resources.files("cellhpc").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
@@ -83,9 +86,15 @@ def render_report(scores: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         levels=SHOWN_LEVELS,
         pictures={name: _picture(png) for name, png in pictures.items()},
         settings=dict(_flat(scores["settings"])),
+        chosen=_chosen(scores.get("search", [])),
         curves_caption=figures.CURVES_CAPTION,
         confusion_caption=figures.CONFUSION_CAPTION,
     )
+
+
+def _chosen(search: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Count the runs that chose the same, the commonest choice first."""
+    return Counter(describe(run["values"]) for run in search).most_common()
 
 
 def _picture(png: bytes) -> dict[str, Any]:

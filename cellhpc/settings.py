@@ -1,9 +1,9 @@
 """The job file: frozen, documented, validated settings for each stage of a study.
 
-A job file is TOML with the sections `[study]`, `[screen]`, `[convert]`, `[folds]`, `[train]`, `[sweep]` and
+A job file is TOML with the sections `[study]`, `[screen]`, `[convert]`, `[folds]`, `[train]`, `[search]`, `[sweep]` and
 `[aggregate]`. Each class below is one section: its fields are the keys, their docstrings the documentation. Paths may
 hold `~` and `${VARIABLES}` of the environment; relative ones start where the command is run. `[train]` is described in
-`cellhpc.recipe`.
+`cellhpc.recipe`, `[search]` in `cellhpc.grid`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from cellhpc.errors import listing
+from cellhpc.grid import Candidate, candidates, describe
 from cellhpc.recipe import TrainSettings
 from cellhpc.sections import Settings, UserPath, expand_path, load, parse
 
@@ -326,8 +327,27 @@ class Job(Settings):
     convert: ConvertSettings = ConvertSettings()
     folds: FoldsSettings = FoldsSettings()
     train: TrainSettings = TrainSettings()
+    search: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Keys of `[train]`, each with a list of values. Every run chooses among their combinations on inner compounds, one
+    of each label that can spare it, before it is trained with what it chose; the held-out compound takes no part. What
+    is chosen has the best mean log-probability of the true label."""
     sweep: SweepSettings = SweepSettings()
     aggregate: AggregateSettings = AggregateSettings()
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What `[search]` chooses among; empty without it."""
+        return candidates(self.train, self.search)
+
+    @model_validator(mode="after")
+    def _candidates_are_sound(self) -> Self:
+        for candidate in self.candidates:
+            if candidate.settings.batch_size % self.sweep.ranks:
+                raise ValueError(
+                    f"search: the candidate {describe(candidate.values)} can't be shared equally by sweep.ranks "
+                    f"{self.sweep.ranks}; choose multiples"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -1,123 +1,33 @@
-"""Shards: written whole and under their names at once; their tiles decoded by threads outside of the lock of Python.
-
-Zarr writes a shard where it is to lie, and what is killed meanwhile leaves half of one. Here Zarr writes it into a
-hidden array beside, and it is moved when it is on the disk.
+"""Shards, read: their tiles decoded by threads outside of the lock of Python.
 
 Training from shards wants many single tiles, in any order. Zarr reads each through an event loop: on 2 cores 140 tiles
 of 224 pixels a second by their numbers, and 2,100 in whole shards, however many threads there are. A shard is a file,
-though, and its layout (Zarr 3's `sharding_indexed`) is simple: compressed chunks, here a tile each, and at the end
-an index with a checksum, which says where each lies. Read as such, a thread decodes 3,000 tiles a second and two
-decode 6,000, each straight into its place in a batch (`tests/bench/feed.py`).
+though, of a simple layout (`shard_writer`). Read as such, a thread decodes 3,000 tiles a second and two decode 6,000,
+each straight into its place in a batch (`tests/bench/feed.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 import pandas as pd
-import zarr
 from numcodecs import blosc
 
 from cellhpc.errors import DataError
 from cellhpc.ledger import read_json
+from cellhpc.shard_writer import CHECKSUM, EMPTY, ENTRY, METADATA
 
-METADATA = "zarr.json"
 MOST_THREADS = 8
-_RUST, _PYTHON = "zarrs.ZarrsCodecPipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"
-_opening = threading.Lock()
-_ENTRY = np.dtype("<u8")
-_INDEX_ROW = 2 * _ENTRY.itemsize
-_CHECKSUM = 4
-_EMPTY = np.iinfo(_ENTRY).max
-"""Offset of a chunk that isn't stored, as all of it is zero."""
-
-
-def write_shard(array: Path, name: str, region: Any, block: np.ndarray, beside: Path, past_cache: bool = False) -> int:
-    """Write a shard, in place of what was there under its name.
-
-    Parameters
-    ----------
-    array
-        Folder of the array; its `zarr.json` is there.
-    name
-        File name of the shard in it, as `c.3.0.0.0`.
-    region
-        Index of the shard's part of the array; what it holds beyond `block` becomes the array's fill value.
-    block
-        Values of the region.
-    beside
-        Folder on the same file system for the hidden folder, `.NAME.*`, which a kill leaves behind.
-    past_cache
-        Write past the page cache, where the file system can: for what is not read again soon.
-
-    Returns
-    -------
-    int
-        Its bytes.
-
-    Raises
-    ------
-    OSError
-        It can't be written.
-    """
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=beside) as temporary:
-        hidden = Path(temporary)
-        shutil.copyfile(array / METADATA, hidden / METADATA)
-        whole = _open(hidden, block, past_cache and _takes_direct(hidden / METADATA))
-        try:
-            whole[region] = block
-        except RuntimeError as fault:  # zarrs' own of a full disk
-            raise OSError(str(fault)) from None
-        with (hidden / name).open("rb") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        (hidden / name).replace(array / name)
-    return size
-
-
-def _open(array: Path, block: np.ndarray, direct: bool) -> zarr.Array:
-    """Open an array to write a block, by one thread for each call: a worker has as many tasks as threads.
-
-    Zarr's engine in Rust takes half the time. It writes nothing where all is zero, and a shard that is not there is
-    lost, and not taken for one of zeros: such a one is written by Zarr's own.
-    """
-    settings = {
-        "codec_pipeline.path": _RUST if block.any() else _PYTHON,
-        "codec_pipeline.direct_io": direct,
-        "threading.max_workers": 1,
-    }
-    with _opening, zarr.config.set(settings):  # the array keeps its engine
-        return zarr.open_array(array, mode="r+").with_config({"write_empty_chunks": True})
-
-
-def _takes_direct(file: Path) -> bool:
-    """Tell whether a file's system reads and writes past the page cache."""
-    try:
-        os.close(os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
-    except OSError:
-        return False
-    return hasattr(os, "O_DIRECT")
-
-
-def remove_leftovers(name: str, beside: Path) -> None:
-    """Remove what killed attempts at a shard left."""
-    for leftover in beside.glob(f".{name}.*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)  # somebody who was taken for dead may clean up as well
-        else:
-            leftover.unlink(missing_ok=True)
+_INDEX_ROW = 2 * ENTRY.itemsize
 
 
 @dataclass(frozen=True)
@@ -225,7 +135,7 @@ class Shards:
             with self._whole(shard, rows), self._opened(shard) as (file, begins, ends):
                 index = self._index(shard, file, begins, ends)
                 own = index[self._place[rows]]
-                size += int(own[own[:, 0] != _EMPTY, 1].sum()) + index.nbytes + _CHECKSUM
+                size += int(own[own[:, 0] != EMPTY, 1].sum()) + index.nbytes + CHECKSUM
                 tiles += len(rows)
         return size * len(self.shard) / max(1, tiles)
 
@@ -289,7 +199,7 @@ class Shards:
             for (offset, size), place in zip(index[inside].tolist(), places.tolist(), strict=True):
                 if stop is not None and stop.is_set():
                     return
-                if offset == _EMPTY:
+                if offset == EMPTY:
                     out[place] = 0
                 else:
                     _decode(os.pread(file, size, begin + offset), size, out[place], layout.compressed)
@@ -328,10 +238,10 @@ class Shards:
         """Where each tile of a shard begins and how long it is, uint64 (tiles, 2)."""
         if shard not in self._indices:
             size = self._files[shard][0].tiles * _INDEX_ROW
-            raw = os.pread(file, size + _CHECKSUM, max(begin, end - size - _CHECKSUM))
+            raw = os.pread(file, size + CHECKSUM, max(begin, end - size - CHECKSUM))
             if google_crc32c.value(raw[:size]) != int.from_bytes(raw[size:], "little"):
                 raise ValueError("the checksum of its index is wrong")
-            self._indices[shard] = np.frombuffer(raw[:size], _ENTRY).reshape(-1, 2)
+            self._indices[shard] = np.frombuffer(raw[:size], ENTRY).reshape(-1, 2)
         return self._indices[shard]
 
 

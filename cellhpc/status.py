@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cellhpc import slurm
-from cellhpc.attempts import FAILED, finished, newest
+from cellhpc.attempts import FAILED, finished
 from cellhpc.errors import UsageError
 from cellhpc.folds import read_folds
 from cellhpc.ledger import done_digest, read_json
@@ -24,7 +24,7 @@ from cellhpc.settings import Job
 from cellhpc.slurm import JobState, NotAnswered
 from cellhpc.study import StudyFolder
 from cellhpc.submission import LOGS, Submission, ends, submissions
-from cellhpc.sweep import plan_runs
+from cellhpc.sweep import newest_attempt, plan_runs
 
 STATES = ("done", "running", "waiting", "unknown", "failed", "stopped", "stale", "missing")
 """Of a run: finished; being trained; queued, or later in a task that runs; submitted, and Slurm does not answer what
@@ -44,7 +44,10 @@ LOG_TAIL_BYTES = 65536
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run: its state, where and how far it is, and why it ended if it did."""
+    """A run: its state, where and how far it is, and why it ended if it did.
+
+    `candidate` says which candidate of its search it is at, as `2 of 6`; `epoch` and `epochs` are of that one.
+    """
 
     run: str
     state: str
@@ -55,6 +58,7 @@ class RunStatus:
     seconds: float | None = None
     epoch: int | None = None
     epochs: int | None = None
+    candidate: str = ""
     images_per_s: float | None = None
     waiting_for_data: float | None = None
     memory_mb: float | None = None
@@ -320,11 +324,12 @@ class _Reasons:
 
 def _look_at_run(study: StudyFolder, run: str, why: _Reasons, epochs: int) -> RunStatus:
     unit = study.runs / run
-    attempt = newest(unit)
+    attempt = newest_attempt(unit)
     about = _read(attempt / "attempt.json") if attempt else {}
     history = _read(attempt / "history.json").get("epochs", []) if attempt else []
     last = history[-1] if history else {}
-    far: dict[str, Any] = {"epoch": len(history), "epochs": epochs, "node": about.get("host", "")}
+    far: dict[str, Any] = {"epoch": len(history), "epochs": about.get("epochs", epochs), "node": about.get("host", "")}
+    far["candidate"] = " of ".join(map(str, about.get("candidate", ())))
     far |= {name: last.get(name) for name in ("images_per_s", "waiting_for_data", "memory_mb")}
     task = why.live_of.get(run)
     failed = _read(unit / FAILED)

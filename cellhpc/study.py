@@ -12,7 +12,7 @@ from cellhpc.ledger import held, read_json, write_json
 from cellhpc.settings import Job, parse_job
 
 LOCK = ".lock"
-FIXED_SECTIONS = ("screen", "convert", "folds", "train")
+FIXED_SECTIONS = ("screen", "convert", "folds", "train", "search")
 """Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
 FREE_KEYS = {
     *("screen.path", "screen.tables", "convert.store", "convert.on_bad_field"),
@@ -91,7 +91,9 @@ class StudyFolder:
             return
         known = read_json(self.job)
         differing = [
-            line for section in FIXED_SECTIONS for line in _differences(section, known.get(section), document[section])
+            line
+            for section in FIXED_SECTIONS
+            for line in _differences(section, known.get(section, {}), document[section])
         ]
         if known["study"]["name"] != job.study.name:
             differing.insert(0, f"study.name is {job.study.name!r}, there {known['study']['name']!r}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from cellhpc.attempts import newest
 from cellhpc.errors import UsageError
 from cellhpc.folds import Fold, Folds
 from cellhpc.ledger import digest
@@ -12,6 +14,9 @@ from cellhpc.settings import Job
 
 TRAINING_FORMAT = 1
 """Raised when the same settings train differently: runs of an earlier format are done again."""
+
+SEARCH = "search"
+"""Folder of the candidates of a search, below that of the run."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = N
                         "folds": folds.sha256,
                         "store": content_digest,
                         "train": settings,
+                        **({"search": job.search} if job.search else {}),
                     }
                     runs.append(
                         Run(
@@ -96,3 +102,17 @@ def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = N
                         )
                     )
     return runs
+
+
+def newest_attempt(unit: Path) -> Path | None:
+    """Folder of a run's newest attempt, its search's included: the one in which something was written last."""
+    places = (unit, *sorted(unit.glob(f"{SEARCH}/*"), reverse=True))  # the later one wins where a clock is coarse
+    found = [folder for one in places if (folder := newest(one)) is not None]
+    return max(found, key=_written, default=None)
+
+
+def _written(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:  # a successor has cleared it away
+        return 0.0

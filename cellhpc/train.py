@@ -48,11 +48,17 @@ PREDICT_TILES = 64
 """Tiles in one prediction step of a rank."""
 
 
-__all__ = ["Data", "Interrupted", "RunFailed", "Superseded", "Trainer", "Watch", "load_data", "train_run"]
+__all__ = [
+    "Data", "Interrupted", "NotFinite", "RunFailed", "Superseded", "Trainer", "Watch", "load_data", "train_run",
+]  # fmt: skip
 
 
 class RunFailed(UserError):
     """A run can't go on; all ranks see it at the same step, and can train the next run."""
+
+
+class NotFinite(RunFailed):
+    """A number of a run is not finite: with the same settings it would be so again."""
 
 
 @dataclass
@@ -109,6 +115,12 @@ class Trainer:
         parts = dict.fromkeys((settings.part(1), settings.part(settings.epochs)))
         self._steps = {part: graphs.training(part) for part in parts}
         self._predict = graphs.prediction()
+
+    def use(self, settings: TrainSettings) -> None:
+        """Train with other settings from now on; `TrainSettings.graph` of both is the same."""
+        if settings.graph() != self.settings.graph():
+            raise ValueError("these settings need another compiled network")
+        self.settings = settings
 
     def _build(self, weights: str) -> Any:
         settings, classes = self.settings, len(self.data.classes)
@@ -283,9 +295,9 @@ class Trainer:
         """Seed of the augmentation of one step on this rank, int32 (2,)."""
         return np.random.default_rng([seed, at, self.ranks.rank, 1]).integers(0, 2**31 - 1, 2, np.int32)
 
-    def _not_finite(self, what: str, at: Progress) -> RunFailed:
+    def _not_finite(self, what: str, at: Progress) -> NotFinite:
         """Say where a run went out of bounds; its checkpoints are from before."""
-        return RunFailed(
+        return NotFinite(
             f"{what} at epoch {at.epoch}, step {at.step} with learning rate "
             f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
         )
@@ -310,10 +322,12 @@ def train_run(
     folder: Path,
     watch: Watch | None = None,
     about: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Train a run into its folder below `folder`, unless it is done; continue it from an earlier attempt's checkpoint.
 
-    All ranks call it; rank 0 writes. `cellhpc.attempts` describes the run's folder; `about` goes into `attempt.json`.
+    All ranks call it; rank 0 writes. `cellhpc.attempts` describes the run's folder; `about` goes into `attempt.json`,
+    `facts` into `run.json`.
 
     Raises
     ------
@@ -334,8 +348,9 @@ def train_run(
         return
     keeper = Keeper(unit, run.digest, trainer.variables, about)
     _, predictions = trainer.fit(run, folds, keeper, watch)
-    weights = named_weights(trainer.model) if watch and watch.keep_weights else {}
-    keeper.publish(predictions, lambda: _record(trainer, run, folds), weights)
+    kept = watch and watch.keep_weights and not run.fold.untouched  # those of a search are of no use later
+    weights = named_weights(trainer.model) if kept else {}
+    keeper.publish(predictions, lambda: {**_record(trainer, run, folds), **(facts or {})}, weights)
 
 
 def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:

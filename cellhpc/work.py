@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cellhpc.attempts import ABOUT, FAILED, finished, newest
+from cellhpc.attempts import ABOUT, FAILED, finished
 from cellhpc.convert.running import ConversionStopped
 from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
@@ -37,9 +37,11 @@ from cellhpc.memory import allowed
 from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
 from cellhpc.ranks import RankLost, Ranks, joined
+from cellhpc.search import Trainers, train_chosen
+from cellhpc.settings import Job
 from cellhpc.study import StudyFolder
 from cellhpc.submission import AGAIN, CHECKPOINTED, Submission, Task, mark_attempt_done, rank_of_slurm, read_submission
-from cellhpc.sweep import Run, plan_runs
+from cellhpc.sweep import Run, newest_attempt, plan_runs
 from cellhpc.tiles import Store
 from cellhpc.train import Interrupted, RunFailed, Superseded, Trainer, Watch, load_data, train_run
 
@@ -194,7 +196,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     here = submission.executor == "here"  # the tasks of a submission share this host
     limit = allowed(job.sweep.memory_gb, jobs=min(job.sweep.parallel_jobs, len(submission.tasks)) if here else 1)
     with joined() as ranks:
-        group = _TrainingGroup(study, folds, ranks, watch, attempt, about)
+        group = _TrainingGroup(study, job, folds, ranks, watch, attempt, about)
         for tile_px, of_size in groupby(group.to_do(runs), key=lambda run: run.tile_px):
             data = load_data(
                 store,
@@ -206,7 +208,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
                 limit=limit,
             )
             for network, own in groupby(of_size, key=lambda run: run.network):
-                group.train(functools.partial(Trainer, network, data, job.train, ranks), own)
+                group.train(Trainers(functools.partial(Trainer, network, data, ranks=ranks)), own)
             del data  # before those of another size are read
             gc.collect()  # a trainer and its graph refer to each other
         if group.failed and ranks.rank == 0:
@@ -218,9 +220,17 @@ class _TrainingGroup:
     """The ranks of a training task, and what became of its runs."""
 
     def __init__(
-        self, study: StudyFolder, folds: Folds, ranks: Ranks, watch: Watch, attempt: Path, about: dict[str, Any]
+        self,
+        study: StudyFolder,
+        job: Job,
+        folds: Folds,
+        ranks: Ranks,
+        watch: Watch,
+        attempt: Path,
+        about: dict[str, Any],
     ) -> None:
         self.study, self.folds, self.ranks, self.watch, self.attempt = study, folds, ranks, watch, attempt
+        self.settings, self.candidates = job.train, job.candidates
         self.about = about
         self.failed: list[str] = []
 
@@ -233,13 +243,11 @@ class _TrainingGroup:
         skip = self.ranks.gather(np.array([mine], np.int32).reshape(1, -1))[0]
         return [run for run, done in zip(runs, skip, strict=True) if not done]
 
-    def train(self, make: Callable[[], Trainer], runs: Iterator[Run]) -> None:
+    def train(self, trainers: Trainers, runs: Iterator[Run]) -> None:
         """Train runs with one network; a run that fails leaves its reason, and the next one is trained."""
-        trainer = None
         for run in runs:
             try:
-                trainer = trainer or make()
-                train_run(trainer, run, self.folds, self.study.runs, self.watch, self.about)
+                self._train(trainers, run)
                 said = "done"
             except RunFailed as fault:
                 said = str(fault)
@@ -253,10 +261,17 @@ class _TrainingGroup:
                     print(f"{run.id}: {said}", flush=True)
                     (self.attempt / AGAIN).touch()
                     os._exit(1)  # the other ranks wait for this one; all start anew with the next run
-                trainer = None
+                trainers.clear()
             if self.ranks.rank == 0:
                 print(f"{run.id}: {said}", flush=True)
             self.about.pop("started", None)  # it is the first run that tells how long the process took before it
+
+    def _train(self, trainers: Trainers, run: Run) -> None:
+        where = self.study.runs
+        if self.candidates:
+            train_chosen(trainers, self.candidates, run, self.folds, where, self.ranks, self.watch, self.about)
+        else:
+            train_run(trainers.of(self.settings), run, self.folds, where, self.watch, self.about)
 
     def _fail(self, run: Run, fault: Exception, everywhere: bool = False) -> None:
         self.failed.append(run.id)
@@ -266,7 +281,7 @@ class _TrainingGroup:
 
     def _superseded(self, unit: Path) -> bool:
         """Tell whether a later attempt of this task, or a later submission, has begun with the run."""
-        folder = newest(unit)
+        folder = newest_attempt(unit)
         try:
             about = read_json(folder / ABOUT) if folder else {}
         except FileNotFoundError:

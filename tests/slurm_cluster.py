@@ -80,3 +80,15 @@ def wait_for_job(cluster: LocalCluster, job: str, *states: str, seconds: float =
 
     wait_for(f"job {job} is {' or '.join(states)}", reached, seconds)
     return facts
+
+
+def wait_until_saved(cluster: LocalCluster) -> None:
+    """Wait until slurmctld has saved what its jobs do now, which it does every five seconds or later.
+
+    Killed before, it would take a job that has begun since for one that waits. It saves all jobs at once: a job that
+    was submitted after the others came to their states is in the file only with these.
+    """
+    name = f"saved-{time.monotonic_ns()}"
+    submit(cluster, "true", f"--job-name={name}")
+    states = cluster.folder / "state" / "slurmctld" / "job_state"
+    wait_for("slurmctld saves its jobs", lambda: states.exists() and name.encode() in states.read_bytes())

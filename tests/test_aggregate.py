@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cellhpc import ledger, scores
 from cellhpc.aggregate import aggregate
 from cellhpc.attempts import Attempt, finished
 from cellhpc.errors import DataError
+from cellhpc.folds import read_folds, write_folds
 from tests.made_up import CLASSES, COMPOUNDS, make_study, predictions
 
 
@@ -95,6 +97,95 @@ def test_scores_follow_the_schema_that_is_shipped(made: Path) -> None:
         "scores.models[0].levels: lacks well",
         "scores.models[1].levels.tile.accuracy: str, not number",
     ]
+
+
+class TestSearch:
+    """Runs that chose their settings."""
+
+    @pytest.fixture
+    def searched(self, tmp_path: Path) -> Path:
+        """A study whose runs chose 3 epochs, but for the first one, which chose 2."""
+        folder = tmp_path / "searched"
+        runs = make_study(folder, starts=("imagenet",))
+        folds = read_folds(folder / "folds.json")
+        values = [fold.name for fold in folds.folds]
+        inner = {name: tuple(sorted(set(values) - {name})[:2]) for name in values}
+        folds = replace(folds, folds=tuple(replace(fold, inner=inner[fold.name]) for fold in folds.folds))
+        write_folds(folder / "folds.json", folds)
+        for number, unit in enumerate(runs):
+            name = ledger.read_json(outputs(unit) / "run.json")["fold"]["name"]
+            epochs = 3 if number else 2
+            figures = {"log_probability": -0.5, "fields": {"correct": 3, "total": 4}}
+            candidates = [
+                {"name": "c00", "values": {"epochs": 2}, **figures},
+                {"name": "c01", "values": {"epochs": 3}, **figures},
+                {"name": "c02", "values": {"epochs": 9}, "diverged": True},
+            ]
+            search = {
+                "chosen": f"c{epochs - 2:02d}", "values": {"epochs": epochs}, "inner": inner[name],
+                "asked": inner[name], "trained_on": sorted(set(values) - {name, *inner[name]}), "seconds": 60.0,
+                "candidates": candidates,
+            }  # fmt: skip
+            change(unit, folds_sha256=folds.sha256, search=search, settings={"epochs": epochs})
+            history = outputs(unit) / "history.json"
+            ledger.write_json(history, {"epochs": ledger.read_json(history)["epochs"][:epochs]})
+        return folder
+
+    def test_what_was_chosen_where_is_told(self, searched: Path) -> None:
+        document = again(searched)
+        schema = json.loads(resources.files("cellhpc").joinpath("scores.schema.json").read_text())
+        assert violations(ledger.read_json(searched / "results" / "scores.json"), schema, schema) == []
+        assert [run["values"]["epochs"] for run in document["search"]] == [2] + [3] * (len(COMPOUNDS) - 1)
+        first = document["search"][0]
+        assert (first["log_probability"], first["fields"]) == (-0.5, {"correct": 3, "total": 4})
+        assert first["diverged"] == [{"epochs": 9}]
+        (model,) = document["models"]
+        assert model["cost"]["hours"] == pytest.approx(len(COMPOUNDS) * (120 + 60) / 3600)
+        page = (searched / "results" / "report.html").read_text()
+        for words in ("Settings that were chosen", f'<td class="n">1 of {len(COMPOUNDS)}</td>', "diverged: epochs = 9"):
+            assert words in page
+
+    def test_a_run_that_chose_fewer_epochs_stays_at_its_last_in_the_curves(self, searched: Path) -> None:
+        curves = again(searched)["models"][0]["curves"]["all"]
+        histories = [ledger.read_json(outputs(unit) / "history.json")["epochs"] for unit in units(searched)]
+        for level, counts in curves.items():
+            last = sum(epochs[-1]["held_out"][level]["correct"] for epochs in histories)
+            assert (len(counts["correct"]), counts["correct"][-1]) == (3, last)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"asked": ["{held_out}"]}, r"holds out compound .*, which took part in its search: a leak"),
+            ({"trained_on": ["{held_out}"]}, r"holds out compound .*, which took part in its search: a leak"),
+            ({"asked": ["another"]}, r"chose on compound another; folds.json: "),
+            ({"trained_on": ["{inner}"]}, r"its search trained on compound .*, on which it chose: a leak"),
+        ],
+    )
+    def test_a_search_that_saw_too_much_is_refused(
+        self, searched: Path, changes: dict[str, list[str]], message: str
+    ) -> None:
+        unit = units(searched)[0]
+        facts = ledger.read_json(outputs(unit) / "run.json")
+        known = {"held_out": facts["fold"]["name"], "inner": facts["search"]["inner"][0]}
+        wrong = {key: [value.format(**known) for value in values] for key, values in changes.items()}
+        change(unit, search={**facts["search"], **wrong})
+        with pytest.raises(DataError, match=message):
+            again(searched)
+
+    def test_epochs_that_were_not_chosen_are_refused(self, searched: Path) -> None:
+        change(units(searched)[1], settings={"epochs": 7})
+        with pytest.raises(DataError, match=r"its history has 3 epochs, and it chose 7"):
+            again(searched)
+
+    def test_a_run_without_a_search_does_not_belong_to_them(self, searched: Path) -> None:
+        record = outputs(units(searched)[0]) / "run.json"
+        ledger.write_json(record, {key: value for key, value in ledger.read_json(record).items() if key != "search"})
+        with pytest.raises(DataError, match=r"names inner compounds to choose on, and it did not choose"):
+            again(searched)
+
+    def test_without_one_there_is_none_in_the_document(self, made: Path) -> None:
+        assert "search" not in ledger.read_json(made / "results" / "scores.json")
+        assert "Settings that were chosen" not in (made / "results" / "report.html").read_text()
 
 
 def test_numbers_are_those_of_all_folds_together(made: Path) -> None:

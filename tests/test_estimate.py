@@ -23,7 +23,7 @@ from tests import small
 
 MOBILENET = "MobileNet(alpha=0.25)"
 SETTINGS = TrainSettings(epochs=2, batch_size=10, augment="none")
-LOAD = Load("ResNet50", 224, training=105, held_out=30)  # 10 steps an epoch
+LOAD = Load("ResNet50", 224, training=105, held_out=30, epochs=2, batch_size=10)  # 10 steps an epoch
 STORED = Stored(135, {224: 1350.0}, {224: 1500.0}, "made up")
 PARTS = {
     "ResNet50": Parts(Figure(20.0, "here", 1), Figure(60.0, "here", 1), Figure(5.0, "here", 1), Figure(0.5, "here", 1))
@@ -140,6 +140,8 @@ def test_steps_tiles_and_bytes_are_those_of_a_real_run(tmp_path: Path, monkeypat
         32,
         int(folds.training(store.tiles, run.fold).sum()),
         int(folds.held_out(store.tiles, run.fold).sum()),
+        settings.epochs,
+        settings.batch_size,
     )
     read: list[int] = []
     plain = os.pread

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import check_folds, plan_folds, read_folds, write_folds
 from cellhpc.screens import read_screen
 from cellhpc.settings import Bbbc021Screen, FoldsSettings
+from tests import small
 
 
 def fields(labels: dict[str, str], role: str = "treatment") -> pd.DataFrame:
@@ -83,6 +85,78 @@ def test_a_fold_that_conversion_left_empty_is_refused() -> None:
         "compound a1: none of its tiles was kept",
         "without compound a2: no tile of A is left to learn from",
     )
+
+
+class TestInnerCompounds:
+    """Those on which a search chooses."""
+
+    def test_without_a_search_there_are_none_and_the_split_is_what_it_was(self) -> None:
+        folds = plan_folds(TABLE, FoldsSettings())
+        assert folds.document()["folds"] == [{"name": name, "held_out": (name,)} for name in ("a1", "a2", "b1", "b2")]
+        assert folds.sha256 == "0648a8d303c06e3ce2180fb489bf3876ff4985f7c9c03709886cf72b697b63ad"
+
+    def test_one_of_each_label_that_can_spare_it_on_the_real_screen(self, cellhpc_data: Path) -> None:
+        settings = Bbbc021Screen(layout="bbbc021", path=cellhpc_data, tables=cellhpc_data / "bbbc021_metadata")
+        fields = read_screen(settings).fields
+        folds = plan_folds(fields, FoldsSettings(), search=True)
+        label_of = {compound: label for compound, (label,) in folds.labels.items()}
+        for fold in folds.folds:
+            left = Counter(label for compound, label in label_of.items() if compound not in fold.held_out)
+            able = sorted(label for label, count in left.items() if count >= 2)
+            assert sorted(label_of[compound] for compound in fold.inner) == able
+            assert folds.cannot_spare(fold) == sorted(set(folds.classes) - set(able))
+            assert not set(fold.inner) & set(fold.held_out)
+        assert min(len(fold.inner) for fold in folds.folds) == 11
+
+    def test_a_search_holds_them_out_and_does_not_touch_the_outer_ones(self) -> None:
+        table = small.tiles()
+        folds = plan_folds(table, FoldsSettings(), search=True)
+        for fold in folds.folds:
+            inner = fold.searching()
+            training, asked = folds.training(table, inner), folds.held_out(table, inner)
+            outer = folds.held_out(table, fold)
+            assert (training.astype(int) + asked + outer == 1).all()
+            assert set(table.loc[asked, "compound"]) == set(fold.inner)
+            assert set(table.loc[training, "label"]) == set(folds.classes)
+
+    def test_they_depend_on_the_fold_alone(self) -> None:
+        few = plan_folds(small.tiles(), FoldsSettings(), search=True)
+        more = pd.concat([small.tiles(), fields({"z1": "Z", "z2": "Z", "z3": "Z"})], ignore_index=True)
+        shuffled = more.sample(frac=1, random_state=0)
+        grown = {fold.name: fold for fold in plan_folds(shuffled, FoldsSettings(), search=True).folds}
+        for fold in few.folds:
+            assert set(fold.inner) < set(grown[fold.name].inner)
+        assert len({fold.inner for fold in few.folds}) > 1
+
+    def test_a_value_of_several_labels_is_spared_only_if_each_is_left(self) -> None:
+        table = TABLE.assign(batch=["w1", "w2", "w1", "w2"] * 2)
+        table = pd.concat([table, table.assign(batch=table["batch"].replace({"w1": "w3", "w2": "w4"}))])
+        folds = plan_folds(table, FoldsSettings(by="batch"), search=True)
+        assert all(len(fold.inner) == 1 for fold in folds.folds)
+        message = r"2 fold\(s\) have nothing to choose on: \[search\] needs a label with two batchs besides"
+        with pytest.raises(DataError, match=message):
+            plan_folds(TABLE.assign(batch=["w1", "w2", "w1", "w2"] * 2), FoldsSettings(by="batch"), search=True)
+
+    def test_the_file_carries_them_in_its_hash(self, tmp_path: Path) -> None:
+        path = tmp_path / "folds.json"
+        folds = plan_folds(small.tiles(), FoldsSettings(), search=True)
+        write_folds(path, folds)
+        assert read_folds(path) == folds
+        assert folds.sha256 != plan_folds(small.tiles(), FoldsSettings()).sha256
+        document = json.loads(path.read_text())
+        document["folds"][0]["inner"] = document["folds"][0]["inner"][:1]
+        path.write_text(json.dumps(document))
+        with pytest.raises(DataError, match="the file was changed"):
+            read_folds(path)
+
+    def test_a_search_that_conversion_left_without_a_label_is_refused(self) -> None:
+        table = TABLE.assign(batch=["w1", "w2", "w1", "w2"] * 2)
+        table = pd.concat([table, table.assign(batch="w3"), table.assign(batch="w4")])
+        folds = plan_folds(table, FoldsSettings(by="batch"), search=True)
+        check_folds(folds, table)
+        kept = table[(table["label"] == "A") | table["batch"].isin(["w3", "w4"])]
+        with pytest.raises(DataError, match=r"without batch w\d, in its search: no tile of B is left to learn from"):
+            check_folds(folds, kept)
 
 
 def test_one_label_is_not_enough() -> None:

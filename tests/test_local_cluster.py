@@ -18,7 +18,7 @@ import pytest
 from cellhpc.errors import UserError
 from slurm.cluster import LocalCluster, down
 from slurm.local.hosts import writers
-from tests.slurm_cluster import INSTALL, job_facts, require_slurm, submit, wait_for, wait_for_job
+from tests.slurm_cluster import INSTALL, job_facts, require_slurm, submit, wait_for, wait_for_job, wait_until_saved
 
 ROOT = Path(__file__).parents[1]
 BEATS = "while sleep 0.1; do echo $(hostname) >> {beats}; done"
@@ -152,7 +152,7 @@ def test_a_killed_and_restarted_slurmctld_keeps_its_job(whole_cluster: LocalClus
     wait_for_job(whole_cluster, job, "RUNNING")
     saved = whole_cluster.folder / "state" / "slurmctld" / f"hash.{int(job) % 10}" / f"job.{job}" / "script"
     assert saved.exists()
-    subprocess.run(["sleep", "6"], check=True)  # it saves the states of jobs every five seconds
+    wait_until_saved(whole_cluster)
     whole_cluster.kill_daemon("slurmctld")
     assert cluster_command("status", whole_cluster.folder).returncode == 1
     whole_cluster.start_daemon("slurmctld")

@@ -22,7 +22,7 @@ from cellhpc.ledger import read_json
 from slurm.cluster import LocalCluster
 from tests.conftest import Cellhpc
 from tests.night import JOB, Night, here, same, until
-from tests.slurm_cluster import require_slurm, submit, wait_for_job
+from tests.slurm_cluster import require_slurm, submit, wait_for_job, wait_until_saved
 from tests.small_screen import make_small_screen
 
 EPOCHS = 10
@@ -150,6 +150,7 @@ def test_slurmctld_may_die_and_come_back(
     night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
     night.submit()
     night.run_at_work(epoch=1)
+    wait_until_saved(whole_cluster)
     whole_cluster.kill_daemon("slurmctld")
     facts = night.status()
     assert "Slurm's queue could not be asked" in facts["notes"][0]
@@ -168,6 +169,7 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     until("a run is done", lambda: len(night.predictions()) >= 1, 120, night.last_words)
     again = night.cellhpc("resume", night.study)
     assert "Nothing is to be submitted" in again.stdout, again.stdout + again.stderr
+    night.run_at_work()  # there is something to cancel
     said = night.cellhpc("cancel", night.study)
     assert said.returncode == 0, said.stderr
     status = stays_quiet(night)

@@ -58,9 +58,9 @@ DryRun = Callable[..., str]
 def dry_run(folder: Path, cellhpc: Cellhpc) -> DryRun:
     """What a command says with --dry-run; `more` goes into the site file's speeds."""
 
-    def command(name: str, *words: str, more: str = ", VGG16 = 10") -> str:
+    def command(name: str, *words: str, more: str = ", VGG16 = 10", job: str = "job.toml") -> str:
         (folder / "site.toml").write_text(SITE.format(more=more))
-        done = cellhpc(name, folder / "job.toml", "--dry-run", *words)
+        done = cellhpc(name, folder / job, "--dry-run", *words)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -93,6 +93,16 @@ def test_a_network_without_a_speed_is_one_line_with_what_to_type(folder: Path, d
         "  time    not known: no run of VGG16 has been measured. Type the same when one has finished, or give its "
         "speed in the site file: [measured] images_per_s = { VGG16 = ... }"
     ]
+
+
+def test_a_search_is_counted_with_its_candidates(folder: Path, dry_run: DryRun) -> None:
+    (folder / "searching.toml").write_text((folder / "job.toml").read_text() + "[search]\nepochs = [1, 2]\n")
+    words = ("--site", str(folder / "site.toml"), "--json")
+    facts = json.loads(dry_run("run", *words, job="searching.toml"))
+    # Each fold has one compound more to spare: 96 tiles to search on; then two epochs of 144 at most.
+    steps = (1 + 2) * (96 // 16) + 2 * (144 // 16)
+    assert [(one["runs"], one["steps"]) for one in facts["cost"]["networks"]] == [(4, 4 * steps)] * 2
+    assert facts["training"]["steps_missing"] == 2 * 4 * steps
 
 
 def test_here_it_is_told_too_but_not_of_other_stages(dry_run: DryRun) -> None:

@@ -270,6 +270,37 @@ def test_tiles_that_do_not_fit_are_refused_and_come_in_windows_instead(
     assert scores["models"][0]["levels"]["tile"]["total"] == 6 * 3 * 4 * 4
 
 
+def test_runs_choose_their_settings_with_one_command_more_in_the_job_file(
+    finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    job = job_file(tmp_path, raw)
+    job.write_text(job.read_text().replace("ranks = 2", "ranks = 1") + "[search]\nlearning_rate = [0.005, 0.02]\n")
+    words = ["--set", f"convert.store={finished[0] / 'study' / 'store'}", "--set", "train.epochs=1"]
+    told = cellhpc("run", job, *words, "--dry-run")
+    for part in (
+        "runs    6, of which 6 are missing: 18 trainings",
+        "search  each run chooses among 2 candidates (learning_rate: 0.005, 0.02)",
+        "on 2 inner compounds of its own training set",
+        "in 2 fold(s)",
+        "steps   198 of 16 tiles",  # 60 fields of 4 tiles, and 36 of them in each of two inner trainings
+    ):
+        assert part in told.stdout, told.stdout + told.stderr
+    done = cellhpc("run", job, *words)
+    assert done.returncode == 0, done.stderr
+    scores = read_json(tmp_path / "study" / "results" / "scores.json")
+    assert scores["complete"]
+    assert [run["fold"] for run in scores["search"]] == sorted(run["fold"] for run in scores["search"])
+    for run in scores["search"]:
+        assert run["values"]["learning_rate"] in (0.005, 0.02)
+        assert (len(run["inner"]), run["fields"]["total"]) == (2, 24)
+        assert run["fold"] not in run["inner"]
+    assert cellhpc("status", tmp_path / "study").returncode == 0
+    again = cellhpc("run", job, *words)
+    assert "Nothing was to be converted or trained." in again.stdout
+    refused = cellhpc("run", job, *words, "--set", "search.learning_rate=[0.005, 0.01]")
+    assert "search.learning_rate is [0.005, 0.01], there [0.005, 0.02]" in refused.stderr
+
+
 def test_a_study_of_another_job_file_is_refused(finished: tuple[Path, str], cellhpc: Cellhpc) -> None:
     refused = cellhpc("run", finished[0] / "job.toml", "--set", "train.epochs=3")
     assert refused.returncode == 2

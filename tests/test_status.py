@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cellhpc import slurm
 from cellhpc.attempts import FAILED, Attempt
+from cellhpc.board import render_status
 from cellhpc.errors import UsageError
 from cellhpc.folds import plan_folds, write_folds
 from cellhpc.ledger import write_json
@@ -152,6 +154,28 @@ def test_a_run_of_a_command_at_work_is_running_with_how_far_it_is(begun: tuple[S
     assert second.state == "waiting"
     after = look(study, job).runs
     assert {run.state for run in after} == {"stopped"}
+
+
+def test_a_run_that_searches_is_running_with_its_candidate(begun: tuple[StudyFolder, Job, list[Run]]) -> None:
+    study, job, runs = begun
+    made = submission(study, runs, tasks=1)
+    about = {"submission": made.number, "task": "train-0000", "host": "n1"}
+    unit = study.runs / runs[0].id
+    Attempt.claim(unit / "search" / "c00", "d", {**about, "candidate": [1, 2], "epochs": 4}).publish("d")
+    attempt = Attempt.claim(unit / "search" / "c01", "e", {**about, "candidate": [2, 2], "epochs": 7})
+    attempt.write_json("history.json", {"epochs": [{"images_per_s": 120.0}] * 3})
+    with study.locked():
+        status = look(study, job)
+    assert (status.runs[0].state, status.runs[0].candidate) == ("running", "2 of 2")
+    assert (status.runs[0].epoch, status.runs[0].epochs) == (3, 7)
+    console = Console(width=120, record=True)
+    console.print(render_status(status))
+    assert "3/7, candidate 2 of 2" in console.export_text()
+    Attempt.claim(unit, runs[0].digest, {**about, "epochs": 4})
+    with study.locked():
+        last = look(study, job).runs[0]
+    assert (last.state, last.candidate, last.epoch, last.epochs) == ("running", "", 0, 4)
+    assert look(study, job).runs[0].state == "stopped"
 
 
 def test_logs_are_found_by_run_and_by_task(begun: tuple[StudyFolder, Job, list[Run]], cellhpc: Cellhpc) -> None:

@@ -40,9 +40,12 @@ def test_a_digest_covers_what_the_result_depends_on_and_nothing_else(folds: Fold
     weights = tmp_path / "w.h5"
     weights.write_bytes(b"1")
 
-    def first(store: str = "store", train: dict[str, Any] | None = None, **sweep: Any) -> str:
+    def first(
+        store: str = "store", train: dict[str, Any] | None = None, search: dict[str, Any] | None = None, **sweep: Any
+    ) -> str:
         planned = job(weights=[str(weights)], **sweep)
         planned = planned.model_copy(update={"train": planned.train.model_copy(update=train or {})})
+        planned = planned.model_copy(update={"search": search or {}})
         return plan_runs(planned, folds, store)[0].digest
 
     base = first()
@@ -52,6 +55,7 @@ def test_a_digest_covers_what_the_result_depends_on_and_nothing_else(folds: Fold
     assert first(store="other") != base
     assert first(train={"epochs": 3}) != base
     assert first(tile_px=64) != base
+    assert first(search={"epochs": (3, 4)}) != base
     weights.write_bytes(b"2")
     assert first() != base
 

@@ -28,7 +28,7 @@ from cellhpc.ledger import read_json, write_json
 from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
 from cellhpc.quality import Quality, measure
 from cellhpc.record import ARRAYS, plate_folder
-from cellhpc.shards import remove_leftovers, write_shard
+from cellhpc.shard_writer import ShardWriter, remove_leftovers
 
 _computing = threading.Lock()
 """One task of a process computes at a time: the others read and write meanwhile, and don't take its cache."""
@@ -144,8 +144,7 @@ def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[
     _leave_cores_to_others()
     how = recipe.tiles
     per_field = how.grid[0] * how.grid[1]
-    channels = len(task.fields[0].files)
-    tiles = {px: np.zeros((len(task.fields) * per_field, px, px, channels), np.uint8) for px in how.tile_sizes_px}
+    shards = {px: ShardWriter(_array(recipe, task, px)) for px in how.tile_sizes_px} if basis else {}
     records = []
     for slot, source in enumerate(task.fields):
         try:
@@ -158,14 +157,14 @@ def convert_shard(recipe: Recipe, task: Task, basis: Basis | None) -> list[dict[
         with _computing:
             quality = measure(pixels)
             cut = cut_tiles(_evened(pixels, basis.light), how, basis.statistics)
+            for px, tiles in cut.tiles.items():
+                shards[px].put(tiles, slot * per_field)
         _archive(recipe, task.plate, source, facts, pixels, quality)
-        for px, made in cut.tiles.items():
-            tiles[px][slot * per_field : (slot + 1) * per_field] = made
         records.append(facts | dataclasses.asdict(quality) | {"signal": cut.signal})
     bad = [record for record in records if record["bad"]]
     if basis is not None and (recipe.skip_bad or not bad):
         try:
-            _write(recipe, task, basis, tiles, records)
+            _write(recipe, task, basis, shards, records)
         except OSError as fault:
             raise UserError(
                 f"{recipe.store}: the tiles of {task.id} can't be written: {fault.strerror or fault}"
@@ -290,7 +289,7 @@ def _write(
     recipe: Recipe,
     task: Task,
     basis: Basis,
-    tiles: dict[int, np.ndarray],
+    made: dict[int, ShardWriter],
     records: list[dict[str, Any]],
 ) -> None:
     marker = marker_path(recipe.store, task.plate, shard_name(task))
@@ -300,17 +299,17 @@ def _write(
     name = f"c.{task.shard}.0.0.0"
     remove_leftovers(name, marker.parent)
     shards = {}
-    for px, block in tiles.items():
-        array = recipe.store / ARRAYS / task.plate / f"tiles_{px}"
+    for px, shard in made.items():
+        array = _array(recipe, task, px)
         (array / name).unlink(missing_ok=True)
-        first = task.shard * recipe.shard_fields * recipe.tiles.grid[0] * recipe.tiles.grid[1]
-        region = slice(first, first + len(block))
-        size = write_shard(array, name, region, block, marker.parent)
-        with (array / name).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size, sha256 = shard.write(name, marker.parent)
         shards[f"{task.plate}/{array.name}/{name}"] = {"bytes": size, "sha256": sha256}
     document = {"digest": task.digest, "basis": basis.record(), "shards": shards, "fields": records}
     write_json(marker, document)
+
+
+def _array(recipe: Recipe, task: Task, px: int) -> Path:
+    return recipe.store / ARRAYS / task.plate / f"tiles_{px}"
 
 
 def _record(source: FieldSource) -> dict[str, Any]:

@@ -24,13 +24,13 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cellhpc.cost import Cost, Load, Stored
+from cellhpc.cost import Cost, Stored
 from cellhpc.estimate import estimate
 from cellhpc.folds import plan_folds
 from cellhpc.hosts import MEETING, RANK, RANKS
 from cellhpc.measured import Parts, parts_of
 from cellhpc.networks import parse_network
-from cellhpc.outlook import place_on, tiles_by_fold
+from cellhpc.outlook import place_on, tiles_by_fold, trainings
 from cellhpc.screens import read_screen
 from cellhpc.settings import Job, load_job
 from cellhpc.site import MeasuredSettings, Site, load_site, parse_site
@@ -146,11 +146,8 @@ def study(
     tiles = tiles_by_fold(folds, screen.fields, each)
     runs = {run.id: run for run in plan_runs(job, folds, "")}
     tasks = pack(list(runs), job.sweep.ranks, site.train.cpus_per_task, site.train.throttle, job.sweep.runs_per_job)
-    jobs = [
-        [Load(runs[name].network, runs[name].tile_px, *tiles[runs[name].fold.name]) for name in task.runs]
-        for task in tasks
-    ]
-    number = sum(next(iter(tiles.values())))
+    jobs = [[load for name in task.runs for load in trainings(job, runs[name], tiles)] for task in tasks]
+    number = int(folds.used(screen.fields).sum()) * each
     plain = {run.tile_px: float(number * run.tile_px**2 * len(screen.channels)) for run in runs.values()}
     print(f"\n{len(screen.fields['plate'].unique()) * times:,} plates, {number:,} tiles, {len(folds.folds)} folds")
     stored = Stored(number, plain, plain, "tiles before compression, none set aside")
