@@ -379,7 +379,10 @@ def _stages(
             raise UsageError("--test-only asks Slurm: give --site SITE.toml too")
         if dry_run:
             plan = plan_study(job)
-            _answer(plan.facts(), as_json, lambda: click.echo(plan.render(stages)))
+            cost = drive.cost_here(plan) if "train" in stages else None
+            facts = plan.facts() | ({"cost": cost.to_json()} if cost else {})
+            told = [plan.render(stages), *([cost.render()] if cost else [])]
+            _answer(facts, as_json, lambda: click.echo("\n".join(told)))
             return
         _done_here(*drive.run_study(job, stages), stages, as_json)
         return

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cellhpc import slurm
 from cellhpc.attempts import finished, newest
 from cellhpc.batch import UMASKS, Batch, image_digest, plan_batches, submit
+from cellhpc.cost import Cost, Place
 from cellhpc.errors import UsageError, UserError, listing
 from cellhpc.launch import run_here
 from cellhpc.ledger import read_json, write_json
 from cellhpc.memory import Allowed, allowed
+from cellhpc.outlook import outlook, place_on
 from cellhpc.pipeline import STAGES, StudyPlan, aggregate_study, check_networks, claim_study, convert_study, plan_study
 from cellhpc.progress import progress
 from cellhpc.settings import Job
@@ -98,16 +100,13 @@ def _train_here(plan: StudyPlan) -> None:
     """Train the missing runs and show how far they are: each rank 0 leaves the history of its run after every epoch."""
     sweep, candidates = plan.job.sweep, [candidate.settings.epochs for candidate in plan.job.candidates]
     epochs = sum(candidates) + max(candidates, default=plan.job.train.epochs)
-    names = [run.id for run in plan.missing]
-    parallel = min(sweep.parallel_jobs, len(names))
-    threads = max(1, len(os.sched_getaffinity(0)) // (parallel * sweep.ranks))
-    tasks = pack(names, sweep.ranks, threads, parallel, sweep.runs_per_job)
+    parallel, tasks = _tasks_here(plan)
     submission = new_submission(plan.folder, "here", tasks)
     running = {task.name: [plan.folder.runs / run for run in task.runs] for task in tasks}
     began = time.time()
     seen: dict[Path, int] = {}
-    title = f"Training {len(names)} run(s) on {sweep.ranks} rank(s)"
-    with progress(title, len(names) * epochs, "epochs") as advance:
+    title = f"Training {len(plan.missing)} run(s) on {sweep.ranks} rank(s)"
+    with progress(title, len(plan.missing) * epochs, "epochs") as advance:
 
         def watch() -> None:
             for units in running.values():
@@ -124,6 +123,23 @@ def _train_here(plan: StudyPlan) -> None:
         finally:
             submission.with_end()
             watch()
+
+
+def _tasks_here(plan: StudyPlan) -> tuple[int, list[Task]]:
+    """Pack the missing runs for this machine; the first number is how many tasks run at a time."""
+    sweep, names = plan.job.sweep, [run.id for run in plan.missing]
+    parallel = max(1, min(sweep.parallel_jobs, len(names)))
+    threads = max(1, len(os.sched_getaffinity(0)) // (parallel * sweep.ranks))
+    return parallel, pack(names, sweep.ranks, threads, parallel, sweep.runs_per_job)
+
+
+def cost_here(plan: StudyPlan) -> Cost:
+    """Estimate what the missing runs cost on this machine."""
+    parallel, tasks = _tasks_here(plan)
+    ranks = plan.job.sweep.ranks
+    return outlook(
+        plan, [(parallel, tasks)], Place(ranks, cores=ranks * max((task.threads for task in tasks), default=1))
+    )
 
 
 def _epochs_done(unit: Path, began: float, most: int) -> tuple[int, str]:
@@ -196,12 +212,26 @@ class SubmissionPlan:
             study.folder, study.job, self.site, self.tasks, folder or self.folder, self.most, self.image, known_as
         )
 
+    @property
+    def trains(self) -> bool:
+        """Whether something is to be trained."""
+        return any(task.stage == "train" for task in self.tasks)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What its trainings cost."""
+        arrays = [
+            (batch.parameters.get("array_parallelism", 1), batch.tasks)
+            for batch in self.batches()
+            if batch.stage == "train"
+        ]
+        return outlook(self.study, arrays, place_on(self.site, self.study.job.sweep.ranks), self.site.measured)
+
     def facts(self) -> dict[str, Any]:
         """Numbers of the plan, for `--dry-run`."""
         scripts = self.scripts()
         tasks, jobs = len(self.tasks), len(scripts)
         ranks = sum(task.ranks for task in self.tasks)
-        seconds, source = self.estimate()
         return {
             **self.study.facts(self.memory),
             "slurm": {
@@ -210,10 +240,9 @@ class SubmissionPlan:
                 "processes": ranks,
                 # submitit: script, pickles, log and result of each rank; ours: folder, marker and end of each task
                 "files": 3 + jobs + 4 * tasks + 2 * ranks,
-                "estimate_seconds": seconds,
-                "estimate_from": source,
                 "scripts": scripts,
             },
+            **({"cost": self.cost.to_json()} if self.trains else {}),
             "notes": list(self.notes),
         }
 
@@ -231,16 +260,6 @@ class SubmissionPlan:
         """
         return [f"{batch.stage}, task {batch.first}: {batch.test(self.folder)}" for batch in self.batches()]
 
-    def estimate(self) -> tuple[float | None, str]:
-        """Estimate the training's wall-clock seconds once all its jobs run, and say from what."""
-        own = [task for task in self.tasks if task.stage == "train"]
-        if not own:
-            return 0.0, "nothing is to be trained"
-        speed, source = _speed(self.study, self.site)
-        if speed is None:
-            return None, source
-        return self.study.images / speed / min(len(own), self.site.train.throttle), source
-
     def render(self) -> str:
         """Tell the plan: every batch script, then the numbers."""
         facts = self.facts()["slurm"]
@@ -248,30 +267,13 @@ class SubmissionPlan:
         for batch, script in zip(self.batches(), facts["scripts"], strict=True):
             last = batch.first + len(batch.tasks) - 1
             lines += [f"---- {batch.stage}: task {batch.first}" + (f" to {last}" if last > batch.first else ""), script]
-        seconds = facts["estimate_seconds"]
-        time_needed = "not known" if seconds is None else f"about {seconds / 3600:,.1f} h"
         lines += [
             f"Submit {facts['jobs']:,} job(s) of {facts['tasks']:,} task(s), {facts['processes']:,} processes in all",
             f"  write   about {facts['files']:,} files besides the runs' own",
-            f"  time    training: {time_needed} ({facts['estimate_from']})",
         ]
+        if self.trains:
+            lines.append(self.cost.render())
         return "\n".join([*lines, *self.notes])
-
-
-def _speed(plan: StudyPlan, site: Site) -> tuple[float | None, str]:
-    """Training speed of a job in images/s, as finished runs of the study had it, else as the site file says."""
-    speeds = []
-    for run in plan.runs:
-        folder = finished(plan.folder.runs / run.id)
-        if folder is not None:
-            speeds += [epoch["images_per_s"] for epoch in read_json(folder / "history.json")["epochs"]]
-        if len(speeds) > 100:
-            break
-    if speeds:
-        return statistics.median(speeds), f"from {statistics.median(speeds):,.0f} images/s of this study's runs"
-    if site.train.images_per_s:
-        return site.train.images_per_s, f"from train.images_per_s = {site.train.images_per_s:g} of the site file"
-    return None, "no run has been measured yet; give train.images_per_s in the site file"
 
 
 def plan_submission(job: Job, site: Site, stages: Sequence[str] = STAGES) -> SubmissionPlan:

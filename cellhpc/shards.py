@@ -116,6 +116,29 @@ class Shards:
         layout, number = self._files[shard]
         return layout.folder / f"c.{number}.0.0.0"
 
+    def stored_bytes(self, most: int = 1000) -> float:
+        """Count the bytes that are read to decode each tile once, the indices of the shards included.
+
+        Where there are more than `most` shards, so many are looked at, evenly spread, and the others taken to be alike.
+
+        Raises
+        ------
+        DataError
+            A shard is missing or damaged.
+        """
+        looked_at = np.unique(np.linspace(0, self.count - 1, min(self.count, most)).astype(int))
+        order = np.argsort(self.shard, kind="stable")
+        edges = np.searchsorted(self.shard[order], [looked_at, looked_at + 1])
+        tiles, size = 0, 0
+        for shard, first, end in zip(looked_at.tolist(), *edges.tolist(), strict=True):
+            rows = order[first:end]
+            with self._whole(shard, rows), self._opened(shard) as (file, begins, ends):
+                index = self._index(shard, file, begins, ends)
+                own = index[self._place[rows]]
+                size += int(own[own[:, 0] != EMPTY, 1].sum()) + index.nbytes + CHECKSUM
+                tiles += len(rows)
+        return size * len(self.shard) / max(1, tiles)
+
     def read_from(self, file: int, begins: np.ndarray) -> None:
         """Read from now on from this open file, in which the shards begin at these bytes (shards + 1,).
 
@@ -170,19 +193,25 @@ class Shards:
     ) -> None:
         """Decode tiles of one shard, in the order in which they lie in it."""
         shard, inside = int(self.shard[rows[0]]), self._place[rows]
+        layout, _ = self._files[shard]
+        with self._whole(shard, rows), self._opened(shard) as (file, begin, end):
+            index = self._index(shard, file, begin, end)
+            for (offset, size), place in zip(index[inside].tolist(), places.tolist(), strict=True):
+                if stop is not None and stop.is_set():
+                    return
+                if offset == EMPTY:
+                    out[place] = 0
+                else:
+                    _decode(os.pread(file, size, begin + offset), size, out[place], layout.compressed)
+
+    @contextlib.contextmanager
+    def _whole(self, shard: int, rows: np.ndarray) -> Iterator[None]:
+        """Say of what goes wrong within that these tiles of a shard can't be read."""
         layout, number = self._files[shard]
         try:
-            with self._opened(shard) as (file, begin, end):
-                index = self._index(shard, file, begin, end)
-                for (offset, size), place in zip(index[inside].tolist(), places.tolist(), strict=True):
-                    if stop is not None and stop.is_set():
-                        return
-                    if offset == EMPTY:
-                        out[place] = 0
-                    else:
-                        _decode(os.pread(file, size, begin + offset), size, out[place], layout.compressed)
+            yield
         except (OSError, ValueError, RuntimeError) as fault:
-            first, last = number * layout.tiles + inside[0], number * layout.tiles + inside[-1]
+            first, last = number * layout.tiles + self._place[rows[[0, -1]]]
             raise DataError(
                 f"{layout.folder}: tiles {first} to {last} can't be read: {fault}",
                 remedy="Remove the store's folder, then type: cellhpc convert JOB.toml",

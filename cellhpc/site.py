@@ -1,7 +1,7 @@
 """The site file: where and as whom jobs run. One file for a cluster, the same for every study.
 
-A site file is TOML with the sections `[slurm]`, `[convert]`, `[train]`, `[aggregate]`, `[container]` and `[scratch]`.
-Nothing in it changes a result: that is the job file's, `sweep.ranks` included. Examples lie in `slurm/`.
+A site file is TOML with the sections `[slurm]`, `[convert]`, `[train]`, `[aggregate]`, `[container]`, `[scratch]` and
+`[measured]`. Nothing in it changes a result: that is the job file's, `sweep.ranks` included. Examples lie in `slurm/`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ def _minutes(value: object) -> object:
 
 
 Minutes = Annotated[int, BeforeValidator(_minutes), Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+ANY_NETWORK = "any"
+"""In the place of a network, what holds for all that are not named."""
+Speeds = Annotated[
+    dict[str, Positive],
+    BeforeValidator(lambda value: {ANY_NETWORK: value} if isinstance(value, int | float) else value),
+]
 Expanded = Annotated[str, BeforeValidator(lambda value: expand_variables(value) if isinstance(value, str) else value)]
 
 
@@ -104,8 +111,6 @@ class TrainStage(Stage):
     """Jobs of a submission that may run at the same time; with `sweep.runs_per_job = 0`, also their number."""
     signal_seconds: int = Field(120, ge=10, le=3600)
     """How long before the time limit a training is told to leave its checkpoint. Slurm may be a minute early."""
-    images_per_s: float | None = Field(None, gt=0)
-    """Training speed of a job here, for the estimate of `--dry-run` until a run of the study has been measured."""
 
 
 class AggregateStage(Stage):
@@ -138,6 +143,28 @@ class ScratchSettings(Settings):
     its own in it, on each of its nodes, which is removed when it ends. Without it, `$TMPDIR`."""
 
 
+class MeasuredSettings(Settings):
+    """`[measured]`: what was measured of trainings on this cluster, for the hours that `--dry-run` tells.
+
+    What is left out is taken from the finished runs of the study. `tests/bench/scaling.py` measures a machine and
+    writes such a section.
+    """
+
+    images_per_s: Speeds = Field(default={})
+    """Images of its steps that a job trains in a second, all its ranks together: a number, or one for each network,
+    `{ ResNet50 = 250, "MobileNet(alpha=0.25)" = 900, any = 100 }`."""
+    predicted_per_s: Speeds = Field(default={})
+    """Held-out tiles that a job predicts in a second, given likewise."""
+    start_seconds: float | None = Field(None, ge=0)
+    """From the start of a job to its first step at full speed: libraries, network, tiles into memory, graphs."""
+    run_seconds: float | None = Field(None, ge=0)
+    """What a run takes beside its steps and predictions when it is not the first of its job."""
+    ranks: int | None = Field(None, ge=1)
+    """Ranks of the job that was measured; by default `sweep.ranks`. With others, `allreduce_mb_per_s` is needed."""
+    allreduce_mb_per_s: float | None = Field(None, gt=0)
+    """Megabytes that a rank sends in a second while gradients are averaged over ranks."""
+
+
 class Site(Settings):
     """A whole site file."""
 
@@ -147,6 +174,7 @@ class Site(Settings):
     aggregate: AggregateStage = AggregateStage()
     container: ContainerSettings | None = None
     scratch: ScratchSettings = ScratchSettings()
+    measured: MeasuredSettings = MeasuredSettings()
 
     @model_validator(mode="after")
     def _time_for_the_signal(self) -> Site:

@@ -146,7 +146,8 @@ class Trainer:
         -------
         history
             One dictionary for each epoch: loss, learning rate, seconds, images/s, share of time waiting for data,
-            seconds of checkpoints (not in the former), peak memory of rank 0 so far, and the held-out accuracy.
+            seconds of checkpoints and of predictions (not in the former), peak memory of rank 0 so far, and the
+            held-out accuracy.
         predictions
             One row a held-out tile: its keys and a probability for each class.
 
@@ -172,7 +173,9 @@ class Trainer:
             began = time.perf_counter()
             self._agree(run, at.epoch)
             at.seconds += time.perf_counter() - began
+            began = time.perf_counter()
             predictions = self.predict(held_out)
+            predict_seconds = time.perf_counter() - began
             if not np.isfinite(predictions.filter(like="p_").to_numpy()).all():
                 raise self._not_finite("a predicted probability is not finite", at)
             counts = levels(predictions, "mean")
@@ -186,6 +189,7 @@ class Trainer:
                     "images_per_s": steps * settings.batch_size / at.seconds,
                     "waiting_for_data": at.waiting_seconds / at.seconds,
                     "checkpoint_seconds": at.checkpoint_seconds,
+                    "predict_seconds": predict_seconds,
                     "memory_mb": _peak_memory_mb(),
                     "held_out": {
                         level: {"correct": count["correct"], "total": count["total"]} for level, count in counts.items()

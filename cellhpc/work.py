@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from cellhpc.attempts import ABOUT, FAILED, finished
 from cellhpc.convert.running import ConversionStopped
@@ -191,7 +192,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     planned = {run.id: run for run in plan_runs(job, folds, store.content_digest, task.ranks)}
     runs = [planned[name] for name in task.runs if name in planned]  # a sweep may have been cut since
     about = {"host": platform.node(), "pid": os.getpid(), "submission": submission.number, "task": task.name}
-    about |= {"attempt": attempt.name, "job": _slurm_job()}
+    about |= {"attempt": attempt.name, "job": _slurm_job(), "started": psutil.Process().create_time()}
     here = submission.executor == "here"  # the tasks of a submission share this host
     limit = allowed(job.sweep.memory_gb, jobs=min(job.sweep.parallel_jobs, len(submission.tasks)) if here else 1)
     with joined() as ranks:
@@ -263,6 +264,7 @@ class _TrainingGroup:
                 trainers.clear()
             if self.ranks.rank == 0:
                 print(f"{run.id}: {said}", flush=True)
+            self.about.pop("started", None)  # it is the first run that tells how long the process took before it
 
     def _train(self, trainers: Trainers, run: Run) -> None:
         where = self.study.runs

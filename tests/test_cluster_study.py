@@ -103,15 +103,16 @@ def test_the_plan_is_told_and_slurm_is_asked_without_submitting(
 ) -> None:
     night = Night(whole_cluster, tmp_path, raw, tmp_path / "store", ranks=2)
     site = tmp_path / "site.toml"
-    site.write_text("[train]\nnodes = 2\nthrottle = 1\nimages_per_s = 10\n")
+    site.write_text("[train]\nnodes = 2\nthrottle = 1\n[measured]\nimages_per_s = 10\n")
     told = night.cellhpc("run", night.job, "--site", site, "--dry-run")
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("#!/bin/bash") == 3
     assert "Submit 3 job(s) of 3 task(s), 4 processes in all" in told.stdout
-    assert "from train.images_per_s = 10 of the site file" in told.stdout
-    facts = json.loads(night.cellhpc("run", night.job, "--site", site, "--dry-run", "--json").stdout)["slurm"]
+    assert "10.0 images/s in a job with 2 rank(s) (the site file)" in told.stdout
+    cost = json.loads(night.cellhpc("run", night.job, "--site", site, "--dry-run", "--json").stdout)["cost"]
     images = 4 * 8 * 16 * (36 * 4 // 16)  # folds, epochs, batch, batches of what is left
-    assert facts["estimate_seconds"] == pytest.approx(images / 10, rel=0.2)
+    predicted = 4 * 8 * 12 * 4  # what each fold holds out, after every epoch; no faster than training, as not measured
+    assert cost["wall_seconds"] == pytest.approx((images + predicted) / 10)
     asked = night.cellhpc("run", night.job, "--site", site, "--test-only")
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.count("to start at") == 3

@@ -54,11 +54,14 @@ def test_time_limits_are_written_as_slurm_writes_them(limit: object, minutes: in
         ),
         (
             {"trian": {}},
-            "site.toml: trian: unknown section. Valid here: slurm, convert, train, aggregate, container, scratch.",
+            "site.toml: trian: unknown section. Valid here: slurm, convert, train, aggregate, container, scratch, "
+            "measured.",
         ),
         ({"train": {"time": "soon"}}, "site.toml: train.time: found 'soon'. a time limit is written"),
         ({"train": {"time": 1, "signal_seconds": 60}}, "train.signal_seconds is 60, not shorter than the limit"),
         ({"train": {"nodes": 0}}, "site.toml: train.nodes: found 0. Input should be greater than or equal to 1."),
+        ({"measured": {"images_per_s": {"ResNet50": 0}}}, "site.toml: measured.images_per_s.ResNet50: found 0. Input"),
+        ({"measured": {"images_per_s": "fast"}}, "site.toml: measured.images_per_s: found 'fast'. Input should be"),
         ({"container": {}}, "site.toml: container.image: missing. The image (.sif)"),
         ({"slurm": {"account": "${NOT_SET_HERE}"}}, "the environment variable NOT_SET_HERE is not set"),
     ],
@@ -75,3 +78,10 @@ def test_a_stage_may_differ_from_what_holds_for_all() -> None:
     assert site.stage("train").partition == "gpu"
     assert site.stage("convert").partition is None  # `[slurm]` says it
     assert site.slurm.partition == "cpu"
+
+
+def test_a_measured_speed_is_a_number_for_all_networks_or_one_for_each() -> None:
+    for given, known in ((40, {"any": 40.0}), ({"ResNet50": 250, "any": 30.5}, {"ResNet50": 250.0, "any": 30.5})):
+        site = parse_site({"measured": {"images_per_s": given}}, "site.toml")
+        assert site.measured.images_per_s == known
+        assert parse_site(site.model_dump(mode="json"), "site.json") == site  # as a submitted study keeps it

@@ -300,7 +300,7 @@ class ConversionPlan:
 def size_text(count: float) -> str:
     """Tell a number of bytes in the unit that suits it."""
     value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
+    for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
         if value < 1000:
             break
         value, unit = value / 1000, larger
