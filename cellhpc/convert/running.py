@@ -85,7 +85,9 @@ def _give_up(unmanned_s: float, silent_s: float) -> None:
     again = "Type the same command again: what is done stays done."
     if unmanned_s > IDLE_SECONDS:
         raise UserError(
-            f"No worker process could be kept alive for {IDLE_SECONDS:.0f} s, most likely for want of memory. {again}"
+            f"No worker process could be kept alive for {IDLE_SECONDS:.0f} s: most likely for want of memory, or as "
+            'a script that calls convert does so outside of if __name__ == "__main__", and each worker begins it anew. '
+            f"{again}"
         )
     if silent_s > SILENT_SECONDS:
         raise UserError(
