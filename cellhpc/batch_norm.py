@@ -1,7 +1,7 @@
 """Batch normalisation while a network is trained: of a rank's share, frozen, or over all ranks.
 
-Keras spells it out in a dozen operations that each pass over all activations, which takes a third of a small network's
-step. Where the statistics are of a rank's own share, one operation of TensorFlow computes the same here, up to rounding.
+Keras spells it out in a dozen operations, each over all activations, which take a third of a small network's step.
+Where the statistics are of a rank's own share, one operation of TensorFlow computes the same here, up to rounding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def set_batch_norm(model: Any, settings: TrainSettings, ranks: Ranks) -> list[An
 
 
 def _fused(layer: Any, call: Any, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-    """What the `call` of a layer does to (n, y, x, c) while it learns, at once; anything else is left to it."""
+    """Do at once what the `call` of a layer does to (n, y, x, c) while it learns; anything else is left to that."""
     import tensorflow as tf
 
     if not (training and layer.trainable) or mask is not None or len(inputs.shape) != 4:

@@ -102,7 +102,8 @@ class Graphs:
         -------
         tf.function
             From a rank's share of a batch, uint8 tiles (n, y, x, c), int32 class numbers (n,) and float32 weights
-            (n,), an int32 seed (2,) and float32 numbers (2,) to the loss and these numbers, each the mean over the ranks.
+            (n,), an int32 seed (2,) and float32 numbers (2,) to the loss and these numbers, each the mean over the
+            ranks.
         """
         import tensorflow as tf
 

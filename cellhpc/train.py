@@ -233,8 +233,10 @@ class Trainer:
             at.seconds += time.perf_counter() - began
             watch.steps_done += 1
             if keeper and (stop or save):
+                began = time.perf_counter()
                 if not self.variables.finite():  # the loss was of the weights before this step
                     raise self._not_finite("a weight is not finite", at)
+                at.checkpoint_seconds += time.perf_counter() - began
                 keeper.write_checkpoint(at, wait=bool(stop))
             if stop:
                 raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
