@@ -97,7 +97,7 @@ class StudyPlan:
                 "memory_for_tiles": limit.why,
                 "tiles_too_large": too_large(held, tile_bytes, limit, window),
                 "ranks": sweep.ranks,
-                "files": len(self.runs) * (FILES_OF_A_RUN + sweep.keep_weights),
+                "files": len(self.runs) * (FILES_OF_A_RUN + sweep.keep_weights + sweep.tensorboard),
             },
         }
 

@@ -67,6 +67,8 @@ class Watch:
         A checkpoint is written when the last one is older.
     keep_weights
         A run that is finished keeps its weights.
+    tensorboard
+        Runs write their history for TensorBoard too.
     steps_done
         Steps that this process has done, of all its runs.
     """
@@ -74,6 +76,7 @@ class Watch:
     stop_asked: bool = False
     checkpoint_seconds: float = 600.0
     keep_weights: bool = False
+    tensorboard: bool = False
     steps_done: int = 0
 
 
@@ -330,7 +333,7 @@ def train_run(
     done_on_ranks = ranks.gather(np.array([finished(unit, run.digest) is not None], np.int32))
     if done_on_ranks[0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
         return
-    keeper = Keeper(unit, run.digest, trainer.variables, about)
+    keeper = Keeper(unit, run.digest, trainer.variables, about, bool(watch and watch.tensorboard))
     _, predictions = trainer.fit(run, folds, keeper, watch)
     weights = named_weights(trainer.model) if watch and watch.keep_weights else {}
     keeper.publish(predictions, lambda: _record(trainer, run, folds), weights)
