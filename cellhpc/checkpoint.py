@@ -27,6 +27,7 @@ import pandas as pd
 
 from cellhpc import ledger
 from cellhpc.attempts import ABOUT, Attempt, Superseded
+from cellhpc.curves import Curves
 from cellhpc.errors import DataError, UserError
 from cellhpc.ranks import Ranks
 
@@ -145,19 +146,30 @@ class Keeper:
         What a checkpoint holds of the network.
     about
         What is known of this attempt's job, for `attempt.json`.
+    tensorboard
+        The history is also written for TensorBoard.
     """
 
-    def __init__(self, unit: Path, digest: str, variables: Variables, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        unit: Path,
+        digest: str,
+        variables: Variables,
+        about: Mapping[str, Any] | None = None,
+        tensorboard: bool = False,
+    ) -> None:
         self.unit, self.digest, self.variables = unit, digest, variables
         self.ranks = variables.ranks
         self._began = self._written_at = time.monotonic()
         self._before = {"seconds": 0.0, "interruptions": 0}
         self.attempt: Attempt | None = None  # of rank 0
+        self._curves: Curves | None = None  # likewise
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
         def claim() -> None:
             self.attempt = Attempt.claim(unit, digest, {"ranks": self.ranks.size, **(about or {})})
+            self._curves = Curves(self.attempt.folder) if tensorboard else None
 
         self.by_rank_0(claim)
 
@@ -198,7 +210,13 @@ class Keeper:
 
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:
         """Write the history of the epochs."""
-        self.by_rank_0(lambda: self._claimed.write_json("history.json", {"epochs": history}))
+
+        def write() -> None:
+            self._claimed.write_json("history.json", {"epochs": history})
+            if self._curves:
+                self._curves.write(history)
+
+        self.by_rank_0(write)
 
     def write_checkpoint(self, progress: Progress, wait: bool = False) -> None:
         """Begin to write a checkpoint, and note in the progress what the steps waited for it.

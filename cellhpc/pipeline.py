@@ -120,7 +120,8 @@ class StudyPlan:
                 "memory_for_tiles": limit.why,
                 "tiles_too_large": too_large(held, tile_bytes, limit, window),
                 "ranks": sweep.ranks,
-                "files": len(self.runs) * (FILES_OF_A_RUN * (1 + candidates) + sweep.keep_weights),
+                "files": len(self.runs)
+                * ((FILES_OF_A_RUN + sweep.tensorboard) * (1 + candidates) + sweep.keep_weights),
             },
         }
 

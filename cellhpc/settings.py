@@ -300,6 +300,8 @@ class SweepSettings(Settings):
     keep_weights: bool = False
     """A finished run keeps its weights, `weights.npz`, for `cellhpc features` and people's own use; runs that were done
     before have none."""
+    tensorboard: bool = False
+    """Runs write their history for TensorBoard too: `tensorboard --logdir FOLDER/runs`, of the study's folder."""
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Self:

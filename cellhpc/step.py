@@ -101,8 +101,9 @@ class Graphs:
         Returns
         -------
         tf.function
-            From uint8 tiles (n, y, x, c), int32 class numbers (n,), float32 weights (n,), an int32 seed (2,) and
-            float32 numbers (2,) to the loss and these numbers, each the mean over the ranks.
+            From a rank's share of a batch, uint8 tiles (n, y, x, c), int32 class numbers (n,) and float32 weights
+            (n,), an int32 seed (2,) and float32 numbers (2,) to the loss and these numbers, each the mean over the
+            ranks.
         """
         import tensorflow as tf
 
@@ -112,6 +113,7 @@ class Graphs:
         trained = trained_variables(self.model, part)
         variables = [variable.value for variable in trained]
         forward = self._forward(part)
+        share = settings.batch_size // ranks.size  # known sizes let TensorFlow do some sums once for all steps
 
         def differentiate(tiles: Any, targets: Any, weights: Any) -> Any:
             with tf.GradientTape() as tape:
@@ -124,9 +126,9 @@ class Graphs:
 
         @tf.function(
             input_signature=[
-                tf.TensorSpec((None, self.side_px, self.side_px, len(self.channels)), tf.uint8),
-                tf.TensorSpec((None,), tf.int32),
-                tf.TensorSpec((None,), tf.float32),
+                tf.TensorSpec((share, self.side_px, self.side_px, len(self.channels)), tf.uint8),
+                tf.TensorSpec((share,), tf.int32),
+                tf.TensorSpec((share,), tf.float32),
                 tf.TensorSpec((2,), tf.int32),
                 tf.TensorSpec((2,), tf.float32),
             ]

@@ -73,6 +73,8 @@ class Watch:
         A checkpoint is written when the last one is older.
     keep_weights
         A run that is finished keeps its weights.
+    tensorboard
+        Runs write their history for TensorBoard too.
     steps_done
         Steps that this process has done, of all its runs.
     """
@@ -80,6 +82,7 @@ class Watch:
     stop_asked: bool = False
     checkpoint_seconds: float = 600.0
     keep_weights: bool = False
+    tensorboard: bool = False
     steps_done: int = 0
 
 
@@ -249,8 +252,10 @@ class Trainer:
             at.seconds += time.perf_counter() - began
             watch.steps_done += 1
             if keeper and (stop or save):
+                began = time.perf_counter()
                 if not self.variables.finite():  # the loss was of the weights before this step
                     raise self._not_finite("a weight is not finite", at)
+                at.checkpoint_seconds += time.perf_counter() - began
                 keeper.write_checkpoint(at, wait=bool(stop))
             if stop:
                 raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
@@ -346,7 +351,7 @@ def train_run(
     done_on_ranks = ranks.gather(np.array([finished(unit, run.digest) is not None], np.int32))
     if done_on_ranks[0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
         return
-    keeper = Keeper(unit, run.digest, trainer.variables, about)
+    keeper = Keeper(unit, run.digest, trainer.variables, about, bool(watch and watch.tensorboard))
     _, predictions = trainer.fit(run, folds, keeper, watch)
     kept = watch and watch.keep_weights and not run.fold.untouched  # those of a search are of no use later
     weights = named_weights(trainer.model) if kept else {}

@@ -1,14 +1,17 @@
 """Speed of the training engine, against what one could write instead, in images of a step a second.
 
 - fit: a plain `model.fit` of Keras on an array in memory, one process of as many threads as there are cores
-- engine: this engine, the same network, batches and precision, no augmentation, one rank of as many threads
+- engine: this engine, the same network, batches and precision, no augmentation, one rank of as many threads; its
+  operations are deterministic, those of `fit` need not be
 - augmented: the same with the paper's augmentation
 - two ranks: two Horovod ranks of one thread, each with half of every batch
-- limit: two processes of one thread that know nothing of each other, each with half of the batch
+- limit: two processes of one thread that know nothing of each other, each with batches of that half
+- two whole, limit whole: the same where each rank has as many tiles of a step as the one process has above
 
-Then what a run costs beside its steps when it is not the first of its process: its weights, its predictions, its
-files. Each line is a process of its own; they take turns, so that a machine's moods reach all of them alike. The first
-epoch, in which graphs are made, is not counted.
+Then what a run costs beside its steps when it is not the first of its process (its weights, its predictions, its
+files), and what checkpoints cost, which are written far more often than a study does it. Each line is a process of its
+own; they take turns, so that a machine's moods reach all of them alike. The first epoch, in which graphs are made, is
+not counted.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from cellhpc.hosts import MEETING, RANK, RANKS
 
 CORES = len(os.sched_getaffinity(0))
-SMALL = {"network": "MobileNet(alpha=0.25)", "side_px": 128, "batch_size": 32, "steps": 24, "epochs": 4}
+SMALL = {"network": "MobileNet(alpha=0.25)", "side_px": 128, "batch_size": 32, "steps": 48, "epochs": 3}
 LARGE = {"network": "ResNet50", "side_px": 224, "batch_size": 8, "steps": 2, "epochs": 3}
 REPEATS = 3
+CHECKPOINT_SECONDS = 2.0
 
 
 # ---- in a process of its own
@@ -53,7 +57,7 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
 
     tf.config.experimental.enable_op_determinism()  # as the engine's own processes have it
     from cellhpc.ranks import joined
-    from cellhpc.train import Trainer, train_run
+    from cellhpc.train import Trainer, Watch, train_run
     from tests import small
 
     per_compound = -(-how["batch_size"] * how["steps"] // 8)  # eight of the nine compounds are trained on
@@ -65,14 +69,17 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
         seconds = []
         for seed in range(how.get("runs", 1)):
             run = small.run(folds, how["network"], seed=seed, side_px=how["side_px"])
+            every = how.get("checkpoint_seconds", [600.0])
             began = time.perf_counter()
-            train_run(trainer, run, folds, Path(folder))
+            train_run(trainer, run, folds, Path(folder), Watch(checkpoint_seconds=every[seed % len(every)]))
             whole = time.perf_counter() - began
             if ranks.rank:  # rank 0 has written it all
                 continue
             (history,) = Path(folder, run.id).rglob("history.json")
             epochs = json.loads(history.read_text())["epochs"]
-            seconds.append({"whole": whole, "steps": sum(epoch["seconds"] for epoch in epochs)})
+            written = sum(epoch["checkpoint_seconds"] for epoch in epochs)
+            steps = sum(epoch["seconds"] for epoch in epochs)
+            seconds.append({"whole": whole, "steps": steps, "checkpoints": written})
     if ranks.rank:
         return {}
     counted = epochs[1:]
@@ -146,6 +153,7 @@ def apart(how: dict[str, Any]) -> dict[str, Any]:
 
 def measure(case: dict[str, Any], repeats: int, parallel: bool) -> dict[str, Any]:
     how = case | {"threads": CORES, "augment": "none"}
+    twice = how | {"batch_size": 2 * case["batch_size"], "steps": case["steps"] // 2}
     kinds = {
         "fit": lambda: answer(start("plain", how)),
         "engine": lambda: answer(start("engine", how)),
@@ -155,23 +163,28 @@ def measure(case: dict[str, Any], repeats: int, parallel: bool) -> dict[str, Any
         kinds |= {
             "two ranks": lambda: together(how | {"threads": 1}),
             "limit": lambda: apart(how | {"threads": 1}),
+            "two whole": lambda: together(twice | {"threads": 1}),
+            "limit whole": lambda: apart(twice | {"threads": 1}),
         }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, work in kinds.items():
             found[name].append(work())
     print(f"{case['network']} at {case['side_px']} px, batches of {case['batch_size']}, {CORES} cores")
-    print(f"{'':10} {'images/s':>9} {'of fit':>7} {'waiting':>8}   all of them")
+    print(f"{'':11} {'images/s':>9} {'of fit':>7} {'waiting':>8}   all of them")
     speeds = {name: statistics.median(one["images_per_s"] for one in many) for name, many in found.items()}
     waiting = {name: max(one.get("waiting", 0.0) for one in many) for name, many in found.items()}
     for name, speed in speeds.items():
         every = " ".join(f"{one['images_per_s']:.1f}" for one in found[name])
         waited = f"{waiting[name]:8.2%}" if "waiting" in found[name][0] else " " * 8
-        print(f"{name:10} {speed:9.1f} {speed / speeds['fit']:7.0%} {waited}   {every}", flush=True)
+        print(f"{name:11} {speed:9.1f} {speed / speeds['fit']:7.0%} {waited}   {every}", flush=True)
     ratios = {"engine_of_fit": speeds["engine"] / speeds["fit"]}
     if parallel:
         ratios["two_ranks_of_limit"] = speeds["two ranks"] / speeds["limit"]
-        print(f"two ranks have {ratios['two_ranks_of_limit']:.0%} of the limit")
+        ratios["two_whole_of_limit"] = speeds["two whole"] / speeds["limit whole"]
+        print(f"two ranks have {ratios['two_ranks_of_limit']:.0%} of the limit, {ratios['two_whole_of_limit']:.0%} "
+              f"with {case['batch_size']} tiles each, and {speeds['two ranks'] / speeds['engine']:.0%} of one rank "
+              f"of {CORES} threads")  # fmt: skip
     return {"images_per_s": speeds, "waiting": waiting, **ratios}
 
 
@@ -185,6 +198,18 @@ def packed() -> dict[str, Any]:
     return {"beside_its_steps_s": beside[1:]}
 
 
+def checkpoints() -> dict[str, Any]:
+    """Runs of one process, with checkpoints and without in turn; the first, which makes the graphs, is not counted."""
+    how = SMALL | {"threads": CORES, "augment": "none", "runs": 9, "epochs": 2}
+    runs = answer(start("engine", how | {"checkpoint_seconds": [600.0, CHECKPOINT_SECONDS]}))["runs"][1:]
+    taken = [run["steps"] + run["checkpoints"] for run in runs]
+    cost = statistics.median(taken[::2]) / statistics.median(taken[1::2]) - 1
+    waited = sum(run["checkpoints"] for run in runs[::2]) / sum(taken[::2])
+    print(f"checkpoints every {CHECKPOINT_SECONDS:g} s take {cost:.1%} of the training time, of which steps wait "
+          f"{waited:.2%}; every ten minutes, as by default, that is {cost * CHECKPOINT_SECONDS / 600:.3%}")  # fmt: skip
+    return {"every_s": CHECKPOINT_SECONDS, "cost": cost, "waited": waited}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS)
@@ -196,7 +221,8 @@ def main() -> None:
         return
     small = measure(SMALL, given.repeats, parallel=True)
     large = measure(LARGE, 1, parallel=False)
-    print(json.dumps({"bench": "train", "cores": CORES, "small": small, "large": large, "packed": packed()}))
+    beside = {"packed": packed(), "checkpoints": checkpoints()}
+    print(json.dumps({"bench": "train", "cores": CORES, "small": small, "large": large, **beside}))
 
 
 if __name__ == "__main__":
