@@ -15,8 +15,8 @@
 
     study, complete, headline     name; whether every planned run is in; sentences, what is missing first
     cautions                      those sentences of the headline that a reader of the numbers must know besides
-    combine, classes, abbreviations, folds.{by, sha256, total}, runs.{done, expected, missing}
-    folds.{also, not_scorable}    with `folds.also`: what can't be held out, and its treatments
+    combine, classes, abbreviations, folds.{by, also, sha256, total}, runs.{done, expected, missing}
+    folds.not_scorable            with `folds.also`: what can't be held out, and its treatments
     models[]                      one for each network and initialisation
       network, initialisation, weights, slug, seeds
       levels_of                   "seed 0", or "ensemble of 3 seeds (mean probability of each tile)"
@@ -29,7 +29,7 @@
     search[]                      with a `[search]`: what each run chose, and on what
       network, initialisation, seed, fold, values                           `values` as in `[search]`
       log_probability, fields.{correct, total}, inner, diverged             of inner compounds; candidates that diverged
-    baselines.{chance, majority, batch_only}                of treatments; null while folds are missing, or with folds.also
+    baselines.{chance, majority, batch_only}      of treatments; null while folds are missing, and with `folds.also`
     conversion                    counts of the store, and the fields that were set aside, each with its reason
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
     provenance, settings          versions, hosts, commits; the resolved job file
@@ -180,8 +180,8 @@ def aggregate(
         "classes": list(classes),
         "abbreviations": figures.abbreviate(classes),
         "folds": {
-            **{"by": folds.by, "sha256": folds.sha256, "total": len(folds.folds)},
-            **({"also": folds.also, "not_scorable": folds.not_scorable} if folds.also else {}),
+            **{"by": folds.by, "also": folds.also, "sha256": folds.sha256, "total": len(folds.folds)},
+            "not_scorable": folds.not_scorable,
         },
         "runs": {"done": len(outputs), "expected": len(runs), "missing": missing},
         "models": [model for model, _ in scored],

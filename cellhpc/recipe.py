@@ -75,12 +75,14 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
             "input_scaling": "keras",
         },
         "best": {
-            "epochs": 16,
+            "epochs": 8,
             "batch_size": 32,
             "learning_rate": 0.01,
             "schedule": "cosine",
             "augment": "rotations",
             "batch_norm_momentum": 0.9,
+            "input_scaling": "keras",
+            "predict_rotations": True,
         },
     }
 )
