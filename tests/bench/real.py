@@ -101,12 +101,18 @@ def frozen(job: Job, store: Path, folder: Path) -> dict[str, Any]:
     return baseline(features.tiles, features.read())["logistic_regression"]
 
 
+def stop(number: int, _: Any) -> None:
+    """End as with Ctrl-C, once: the runs leave checkpoints meanwhile."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("studies/real"), help="where the studies lie, and go on")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs leave checkpoints
+    signal.signal(signal.SIGTERM, stop)
     began = time.perf_counter()
     jobs = studies(given.folder.absolute(), given.seeds)
     scores: dict[str, dict[str, Any]] = {}
