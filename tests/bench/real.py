@@ -27,9 +27,11 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from cellhpc.backbone import choose_source
+from cellhpc.convert import convert, plan_conversion
 from cellhpc.drive import run_study
 from cellhpc.features import write_features
 from cellhpc.profiles import baseline
+from cellhpc.screens import read_screen
 from cellhpc.settings import Job, load_job
 
 JOB = Path(__file__).parents[2] / "jobs" / "bbbc021_subset.toml"
@@ -78,8 +80,8 @@ def show(name: str, scores: dict[str, Any]) -> dict[str, Any]:
         print(f"{name:10} seed {seed:5} " + "   ".join(counted(entry["levels"][level]) for level in LEVELS))
     for level in LEVELS:
         right = [entry["levels"][level]["correct"] for entry in model["by_seed"].values()]
-        found[level] = {"by_seed": right, "ensemble": model["levels"][level], "by_epoch": model["curves"]}
-        found[level]["by_epoch"] = {seed: curve[level]["correct"] for seed, curve in model["curves"].items()}
+        by_epoch = {seed: curve[level]["correct"] for seed, curve in model["curves"].items()}
+        found[level] = {"by_seed": right, "ensemble": model["levels"][level], "by_epoch": by_epoch}
     if len(model["seeds"]) > 1:
         spread = [
             f"mean {statistics.mean(found[level]['by_seed']):.1f}, deviation "
@@ -94,11 +96,15 @@ def show(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def frozen(job: Job, store: Path, folder: Path) -> dict[str, Any]:
+def frozen(job: Job, folder: Path) -> dict[str, Any]:
     """Score logistic regression on features of the same weights, which are not trained any further."""
-    source = choose_source(store, job.sweep.networks[0], job.sweep.weights[0], tile_px=FEATURES_PX)
-    features = write_features(source, folder)
-    return baseline(features.tiles, features.read())["logistic_regression"]
+    plan = plan_conversion(job.convert, read_screen(job.screen), (FEATURES_PX,), folder / f"store_{FEATURES_PX}")
+    if not plan.is_finished:
+        convert(plan)
+    source = choose_source(plan.store, job.sweep.networks[0], job.sweep.weights[0], tile_px=FEATURES_PX)
+    features = write_features(source, folder / "features")
+    found: dict[str, Any] = baseline(features.tiles, features.read())["logistic_regression"]
+    return found
 
 
 def stop(number: int, _: Any) -> None:
@@ -120,10 +126,9 @@ def main() -> None:
         _, document = run_study(job)
         assert document is not None
         scores[name] = document
-    seconds = time.perf_counter() - began
     print(f"{'left out':10} {'':10} treatments, and fields: right [Wilson 95 %; bootstrap over compounds 95 %]")
     found: dict[str, Any] = {name: show(name, document) for name, document in scores.items()}
-    features = frozen(jobs["compound"], given.folder / "store", given.folder / "features")
+    features = frozen(jobs["compound"], given.folder.absolute())
     for left_out, levels in features.items():
         print(f"{'features':10} {left_out.removeprefix('compound_and_'):10} "
               + "   ".join(counted(levels[level]) for level in LEVELS))  # fmt: skip
@@ -131,6 +136,7 @@ def main() -> None:
     for level in LEVELS:
         for name in ("compound", "xavier"):
             print(f"{name:10} {level:10} " + " ".join(f"{right:3}" for right in found[name][level]["by_epoch"]["0"]))
+    seconds = time.perf_counter() - began
     hours = sum(study["cost"]["hours"] for study in found.values())
     runs = sum(study["cost"]["runs"] for study in found.values())
     print(f"{runs} runs of {jobs['compound'].train.epochs} epochs: {60 * hours:.0f} minutes of one core; "
