@@ -15,7 +15,8 @@
 
     study, complete, headline     name; whether every planned run is in; sentences, what is missing first
     cautions                      those sentences of the headline that a reader of the numbers must know besides
-    combine, classes, abbreviations, folds.{by, sha256, total}, runs.{done, expected, missing}
+    combine, classes, abbreviations, folds.{by, also, sha256, total}, runs.{done, expected, missing}
+    folds.not_scorable            with `folds.also`: what can't be held out, and its treatments
     models[]                      one for each network and initialisation
       network, initialisation, weights, slug, seeds
       levels_of                   "seed 0", or "ensemble of 3 seeds (mean probability of each tile)"
@@ -28,7 +29,7 @@
     search[]                      with a `[search]`: what each run chose, and on what
       network, initialisation, seed, fold, values                           `values` as in `[search]`
       log_probability, fields.{correct, total}, inner, diverged             of inner compounds; candidates that diverged
-    baselines.{chance, majority, batch_only}                                of treatments; null while folds are missing
+    baselines.{chance, majority, batch_only}      of treatments; null while folds are missing, and with `folds.also`
     conversion                    counts of the store, and the fields that were set aside, each with its reason
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
     provenance, settings          versions, hosts, commits; the resolved job file
@@ -164,7 +165,8 @@ def aggregate(
         models[run.model].append(run)
     scored = [_score_model(model_runs, classes, how, folds) for model_runs in models.values()]
     wells = pd.concat([tables["well"] for _, tables in scored]).drop_duplicates(["fold", "plate", "well"])
-    whole = set(wells["fold"]) == {fold.name for fold in folds.folds}  # else the training treatments are not all known
+    # Else the training treatments are not all known.
+    whole = set(wells["fold"]) == {fold.name for fold in folds.folds} and not folds.also
     missing = [unit.name for unit in runs if unit not in outputs]
     headline = _headline([model for model, _ in scored], len(outputs), len(runs), missing)
     cautions = _cautions(wells, folds, conversion or {})
@@ -177,7 +179,10 @@ def aggregate(
         "combine": how,
         "classes": list(classes),
         "abbreviations": figures.abbreviate(classes),
-        "folds": {"by": folds.by, "sha256": folds.sha256, "total": len(folds.folds)},
+        "folds": {
+            **{"by": folds.by, "also": folds.also, "sha256": folds.sha256, "total": len(folds.folds)},
+            "not_scorable": folds.not_scorable,
+        },
         "runs": {"done": len(outputs), "expected": len(runs), "missing": missing},
         "models": [model for model, _ in scored],
         **_searched([run for group in models.values() for run in group]),
@@ -250,6 +255,10 @@ def _problems_of(run: FinishedRun, classes: Sequence[str], folds: Folds) -> list
             problems.append(f"no predictions of {folds.by} {listing(unseen)}, which its fold {run.fold} holds out")
     if trained := held_out & set(run.facts.get("trained_on", ())):
         problems.append(f"holds out {folds.by} {listing(trained)}, which it trained on: a leak")
+    if folds.also and folds.also in run.predictions:
+        shared = set(run.predictions[folds.also].astype(str)) & set(run.facts.get("trained_on_also", ()))
+        if shared:
+            problems.append(f"predicts {folds.also} {listing(shared)}, which it trained on: a leak")
     problems += _problems_of_search(run, folds)
     if not run.epochs:
         problems.append("its history has no epochs")
@@ -452,6 +461,14 @@ def _cautions(wells: pd.DataFrame, folds: Folds, conversion: Mapping[str, Any]) 
             f"What is held out is the {folds.by}: the same compounds are in training, so this is not the accuracy for "
             "new compounds."
         )
+    if folds.not_scorable:
+        count = sum(folds.not_scorable.values())
+        sentences.append(
+            f"{count} treatment(s) of {folds.by} {listing(folds.not_scorable, 40)} can't be scored: without their "
+            f"{folds.also}, their label is in no other {folds.by}, or alone."
+        )
+    if folds.also and folds.also not in wells:
+        sentences.append(f"Not checked for leaks: the predictions have no column {folds.also}.")
     if folds.by not in wells:
         sentences.append(f"Not checked for leaks: the predictions have no column {folds.by}, which the folds hold out.")
     return sentences

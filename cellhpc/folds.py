@@ -1,13 +1,14 @@
 """What is held out, as data: a hashed file of compound splits that every result carries.
 
 The split is made from the fields table before a pixel is read. A fold holds out every field of one compound (or of one
-value of another column, as a cell line); all other used fields are its training set. With a `[search]`, a fold also
-names its inner values, one of each label that can spare it: on them its run chooses, without what the fold holds out.
+value of another column, as a cell line); all other used fields are its training set. With `folds.also`, those that
+share the batch of what is held out are left out of it too. With a `[search]`, a fold also names its inner values, one
+of each label that can spare it: on them its run chooses, without what the fold holds out.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,15 @@ class Fold:
         Those of its training set that a search holds out in turn; none without a search.
     untouched
         Values that take no part at all, neither in training nor in predictions.
+    also
+        Values of `Folds.also` of what is held out: nothing that has one of them is trained on.
     """
 
     name: str
     held_out: tuple[str, ...]
     inner: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def searching(self) -> Fold:
         """Give the fold of this one's search: it holds out the inner values, and does not touch the outer ones."""
@@ -62,6 +66,11 @@ class Folds:
         Labels that were dropped because a single value of `by` carries them.
     folds
         The folds, sorted by name.
+    also
+        Column of which training shares no value with what is held out; empty without.
+    not_scorable
+        Values of `by` that are not held out, each with its number of treatments: with `also`, no other value with its
+        label would be left to learn from.
     """
 
     by: str
@@ -69,6 +78,8 @@ class Folds:
     labels: dict[str, tuple[str, ...]]
     dropped: tuple[str, ...]
     folds: tuple[Fold, ...]
+    also: str = ""
+    not_scorable: dict[str, int] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -76,11 +87,13 @@ class Folds:
         return digest(self.document())
 
     def document(self) -> dict[str, Any]:
-        """Return the split as JSON-ready data; a fold names inner values only if there are some."""
+        """Return the split as JSON-ready data; what only some splits have is named only if there is some."""
         folds = [
             {key: value for key, value in asdict(fold).items() if value or key == "held_out"} for fold in self.folds
         ]
-        return {**asdict(self), "folds": folds}
+        also = {"also": self.also, "not_scorable": self.not_scorable} if self.also else {}
+        fixed = {name: getattr(self, name) for name in ("by", "classes", "labels", "dropped")}
+        return {**fixed, "folds": folds, **also}
 
     def cannot_spare(self, fold: Fold) -> list[str]:
         """List the labels of which a search of this fold is asked nothing."""
@@ -97,7 +110,8 @@ class Folds:
 
     def training(self, table: pd.DataFrame, fold: Fold) -> np.ndarray:
         """Rows that `fold` trains on, as a boolean array (n,)."""
-        return self.used(table) & ~self._holds(table, (*fold.held_out, *fold.untouched))
+        training = self.used(table) & ~self._holds(table, (*fold.held_out, *fold.untouched))
+        return training & ~table[self.also].astype(str).isin(fold.also).to_numpy() if self.also else training
 
     def _holds(self, table: pd.DataFrame, values: tuple[str, ...]) -> np.ndarray:
         return table[self.by].astype(str).isin(values).to_numpy()
@@ -116,17 +130,18 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
     Raises
     ------
     UsageError
-        `settings.by` is not a column of the table.
+        `settings.by` or `settings.also` is not a column of the table.
     DataError
-        Nothing is labelled, a label has a single compound, which can't be held out, or a fold can spare none for its
-        search.
+        Nothing is labelled, a label has a single compound, which can't be held out, a fold can spare none for its
+        search, or nothing is left to hold out with `settings.also`.
     """
     by = settings.by
-    if by not in fields.columns:
-        columns = [name for name in fields.columns if not name.startswith("file_")]
-        raise UsageError(
-            f"folds.by is {by!r}, which is no column of the fields table. Allowed: {listing(columns, 40)}."
-        )
+    for key, name in (("by", by), ("also", settings.also)):
+        if name and name not in fields.columns:
+            columns = [name for name in fields.columns if not name.startswith("file_")]
+            raise UsageError(
+                f"folds.{key} is {name!r}, which is no column of the fields table. Allowed: {listing(columns, 40)}."
+            )
     used = fields[fields["role"] == "treatment"]
     groups = used.groupby("label")[by].unique()
     single = {str(label): values[0] for label, values in groups.items() if len(values) == 1}
@@ -145,6 +160,8 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
         )
     used = used[used["label"].isin(classes)]
     labels = {str(value): tuple(sorted(set(rows))) for value, rows in used.groupby(used[by].astype(str))["label"]}
+    if settings.also:
+        return _without_also(Folds(by, classes, labels, tuple(sorted(single)), (), settings.also), used)
     folds = tuple(Fold(name, (name,), _spare(labels, name) if search else ()) for name in sorted(labels))
     if search and (poor := [fold.name for fold in folds if not fold.inner]):
         raise DataError(
@@ -154,6 +171,33 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
             f"Leave [search] out, or add {by}s.",
         )
     return Folds(by=by, classes=classes, labels=labels, dropped=tuple(sorted(single)), folds=folds)
+
+
+def _without_also(folds: Folds, used: pd.DataFrame) -> Folds:
+    """Make the folds that leave out what shares a value of `also`, too; `used` are the rows that take part."""
+    by, also = folds.by, folds.also
+    if unknown := sorted(set(used.loc[used[also].isin(["", None]) | used[also].isna(), by].astype(str))):
+        raise DataError(
+            f"folds.also is {also!r}, which is not known of {len(unknown)} {by}(s).",
+            unknown,
+            f"Give each field its {also} in the screen's tables, or leave folds.also out.",
+        )
+    made, not_scorable = [], {}
+    for name in sorted(folds.labels):
+        mine = used[used[by].astype(str) == name]
+        fold = Fold(name, (name,), also=tuple(sorted(set(mine[also].astype(str)))))
+        left = set(used.loc[folds.training(used, fold), "label"])
+        if len(left) > 1 and left.issuperset(folds.labels[name]):
+            made.append(fold)
+        else:
+            not_scorable[name] = int(mine["treatment"].nunique())
+    if not made:
+        raise DataError(
+            f"Nothing can be held out together with its {also}: no label would be left in another {by} of another "
+            f"{also}, beside another label.",
+            remedy="Leave folds.also out.",
+        )
+    return replace(folds, folds=tuple(made), not_scorable=not_scorable)
 
 
 def _spare(labels: dict[str, tuple[str, ...]], held_out: str) -> tuple[str, ...]:
@@ -191,7 +235,8 @@ def check_folds(folds: Folds, tiles: pd.DataFrame) -> None:
         if not folds.held_out(tiles, fold).any():
             problems.append(f"{folds.by} {fold.name}: none of its tiles was kept")
         for within in (fold, fold.searching()) if fold.inner else (fold,):
-            unseen = set(folds.classes) - set(tiles.loc[folds.training(tiles, within), "label"])
+            needed = {label for name in fold.held_out for label in folds.labels[name]} if folds.also else folds.classes
+            unseen = set(needed) - set(tiles.loc[folds.training(tiles, within), "label"])
             where = ", in its search" if within.untouched else ""
             problems += [
                 f"without {folds.by} {fold.name}{where}: no tile of {label} is left to learn from"
@@ -227,8 +272,16 @@ def read_folds(path: Path) -> Folds:
         labels={value: tuple(labels) for value, labels in document["labels"].items()},
         dropped=tuple(document["dropped"]),
         folds=tuple(
-            Fold(fold["name"], tuple(fold["held_out"]), tuple(fold.get("inner", ()))) for fold in document["folds"]
+            Fold(
+                fold["name"],
+                tuple(fold["held_out"]),
+                tuple(fold.get("inner", ())),
+                also=tuple(fold.get("also", ())),
+            )
+            for fold in document["folds"]
         ),
+        also=document.get("also", ""),
+        not_scorable=document.get("not_scorable", {}),
     )
     if folds.sha256 != stated:
         raise DataError(

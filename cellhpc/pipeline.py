@@ -153,9 +153,15 @@ class StudyPlan:
             lines.append(self.conversion.render())
         if "train" in stages:
             lines += [
-                f"Hold out each {self.folds.by}",
+                f"Hold out each {self.folds.by}"
+                + (f", and train without its {self.folds.also}" if self.folds.also else ""),
                 f"  folds   {len(self.folds.folds)}, of {len(self.folds.classes)} labels{dropped}; "
                 f"split {self.folds.sha256[:12]}",
+                *(
+                    [f"          not scorable, as their label is left in no other: {listing(lacking, 40)}"]
+                    if (lacking := self.folds.not_scorable)
+                    else []
+                ),
                 f"Train {' and '.join(training['networks'])} from {' and '.join(training['weights'])}",
                 f"  runs    {training['runs']:,}, of which {training['runs_missing']:,} are missing"
                 + (f": {training['trainings_missing']:,} trainings" if training["candidates"] else ""),

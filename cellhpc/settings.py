@@ -268,6 +268,10 @@ class FoldsSettings(Settings):
 
     by: str = "compound"
     """Column of the fields table whose values are held out one by one: `compound`, or for example `cell_line`."""
+    also: str = ""
+    """Column, as `batch`, of which training shares no value with what is held out: with the compound, its weeks are
+    left out. A label may then be in no training set of its compounds: these are not held out, but counted and named.
+    A label that a training set lacks is never right there; it can't be asked either."""
     on_single_compound: Literal["fail", "drop"] = "fail"
     """A label with a single compound can't be learnt when that compound is held out: refuse, or drop the label."""
 
@@ -343,6 +347,11 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _candidates_are_sound(self) -> Self:
+        if self.search and self.folds.also:
+            raise ValueError(
+                "search and folds.also exclude each other: inner compounds share their batches with training, and "
+                "would choose for another question; choose without folds.also, and give [train] what was chosen"
+            )
         for candidate in self.candidates:
             if candidate.settings.batch_size % self.sweep.ranks:
                 raise ValueError(

@@ -361,6 +361,7 @@ def train_run(
 def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
     """Say what a run was, for its `run.json`."""
     training = folds.training(trainer.data.tiles, run.fold)
+    learnt = trainer.data.tiles[training]
     return {
         "id": run.id,
         "network": run.network,
@@ -369,13 +370,14 @@ def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
         "seed": run.seed,
         "tile_px": run.tile_px,
         "fold": {"name": run.fold.name, "held_out": list(run.fold.held_out)},
+        **({"trained_on_also": sorted(set(learnt[folds.also].astype(str)))} if folds.also else {}),
         "folds_sha256": folds.sha256,
         "digest": run.digest,
         "classes": list(folds.classes),
         "settings": trainer.settings.model_dump(mode="json"),
         "ranks": trainer.ranks.size,
         "threads": _threads(),
-        "trained_on": sorted(set(trainer.data.tiles.loc[training, folds.by].astype(str))),
+        "trained_on": sorted(set(learnt[folds.by].astype(str))),
         "training_tiles": int(training.sum()),
         "held_out_tiles": int(folds.held_out(trainer.data.tiles, run.fold).sum()),
         "parameters": int(trainer.model.count_params()),

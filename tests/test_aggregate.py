@@ -99,6 +99,39 @@ def test_scores_follow_the_schema_that_is_shipped(made: Path) -> None:
     ]
 
 
+def make_weekly_study(folder: Path) -> Path:
+    """A study that leaves out the batch with the compound: two labels live in one batch alone."""
+    scorable = [name for name, label in COMPOUNDS.items() if label == "DNA damage"]
+    make_study(folder, starts=("imagenet",), compounds={name: COMPOUNDS[name] for name in scorable})
+    whole = read_folds(folder / "folds.json")
+    batches = predictions().groupby("compound")["batch"].first()
+    folds = replace(
+        whole,
+        folds=tuple(replace(fold, also=(batches[fold.name],)) for fold in whole.folds),
+        also="batch",
+        not_scorable={name: 2 for name in COMPOUNDS if name not in scorable},
+    )
+    write_folds(folder / "folds.json", folds)
+    for unit, fold in zip(units(folder), folds.folds, strict=True):
+        table = pd.read_parquet(outputs(unit) / "predictions.parquet")
+        ledger.write_table(outputs(unit) / "predictions.parquet", table.assign(batch=batches[fold.name]))
+        change(unit, folds_sha256=folds.sha256, trained_on_also=sorted({"Week1", "Week2"} - set(fold.also)))
+    return folder
+
+
+def test_what_can_not_be_scored_without_its_batch_is_counted_and_named(tmp_path: Path) -> None:
+    document = again(make_weekly_study(tmp_path))
+    assert document["folds"]["also"] == "batch"
+    assert sum(document["folds"]["not_scorable"].values()) == 8
+    assert document["models"][0]["levels"]["treatment"]["total"] == 6
+    assert document["baselines"]["majority"] is document["baselines"]["batch_only"] is None
+    (caution,) = document["cautions"]
+    assert caution.startswith("8 treatment(s) of compound ")
+    assert "latrunculin B" in caution
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert "Each compound was held out once, and training left out its\nbatch; 3 folds" in page
+
+
 class TestSearch:
     """Runs that chose their settings."""
 
@@ -333,6 +366,12 @@ class TestRefusals:
         leaking = pd.concat([pd.read_parquet(outputs(unit) / "predictions.parquet") for unit in (first, second)])
         ledger.write_table(outputs(first) / "predictions.parquet", leaking)
         with pytest.raises(DataError, match=r"f00: predicts compound PP-2, which its fold AZ-A trained on: a leak"):
+            again(study)
+
+    def test_a_batch_that_was_trained_on(self, tmp_path: Path) -> None:
+        study = make_weekly_study(tmp_path)
+        change(units(study)[0], trained_on_also=["Week1", "Week2"])
+        with pytest.raises(DataError, match=r"f00: predicts batch Week1, which it trained on: a leak"):
             again(study)
 
     def test_a_compound_that_is_held_out_twice(self, study: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from cellhpc.errors import DataError, UsageError
 from cellhpc.folds import check_folds, plan_folds, read_folds, write_folds
+from cellhpc.profiles import folds as baseline_folds
 from cellhpc.screens import read_screen
-from cellhpc.settings import Bbbc021Screen, FoldsSettings
+from cellhpc.settings import Bbbc021Screen, FoldsSettings, load_job
 from tests import small
 
 
@@ -175,3 +176,76 @@ def test_the_file_carries_a_hash_that_an_edit_breaks(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(DataError, match="the file was changed"):
         read_folds(path)
+
+
+WEEKS = {"a1": "W1", "a2": "W2", "b1": "W1", "b2": "W2", "b3": "W3", "c1": "W3", "c2": "W3"}
+"""Two fields of each compound; all that is left of c without its week is nothing."""
+
+
+def weekly() -> pd.DataFrame:
+    table = fields({name: name[0].upper() for name in WEEKS})
+    return table.assign(batch=table["compound"].map(WEEKS), treatment=table["compound"] + " 1 uM")
+
+
+def test_the_batch_can_be_left_out_with_the_compound() -> None:
+    table = weekly()
+    folds = plan_folds(table, FoldsSettings(also="batch"))
+    assert [fold.name for fold in folds.folds] == ["a1", "a2", "b1", "b2", "b3"]
+    assert folds.not_scorable == {"c1": 1, "c2": 1}
+    assert folds.classes == ("A", "B", "C")
+    for fold in folds.folds:
+        held_out, training = folds.held_out(table, fold), folds.training(table, fold)
+        assert set(table.loc[held_out, "compound"]) == {fold.name}
+        assert (training == ((table["compound"] != fold.name) & (table["batch"] != WEEKS[fold.name]))).all()
+    check_folds(folds, table)  # without b3 no tile of C is left, and none of C is asked
+    with pytest.raises(DataError) as fault:
+        check_folds(folds, table[table["compound"] != "a2"])
+    assert fault.value.problems == (
+        "without compound a1: no tile of A is left to learn from",
+        "compound a2: none of its tiles was kept",
+    )
+
+
+def test_a_compound_of_several_batches_is_left_out_with_all_of_them() -> None:
+    table = weekly()
+    table.loc[table.index[table["compound"] == "a1"][1], "batch"] = "W4"
+    folds = plan_folds(table, FoldsSettings(also="batch"))
+    assert folds.folds[0].also == ("W1", "W4")
+    assert set(table.loc[folds.training(table, folds.folds[0]), "batch"]) == {"W2", "W3"}
+
+
+def test_the_folds_without_batches_are_those_of_the_baseline_of_features() -> None:
+    table = weekly()
+    folds = plan_folds(table, FoldsSettings(also="batch"))
+    known = dict(zip(sorted(WEEKS), baseline_folds(table.sort_values("compound"), "compound_and_batch"), strict=True))
+    for fold in folds.folds:
+        _, training = known[fold.name]
+        assert set(table.loc[folds.training(table, fold), "compound"]) == set(
+            table.sort_values("compound")["compound"][training]
+        )
+
+
+def test_batches_that_are_not_known_or_leave_nothing_are_refused() -> None:
+    table = weekly()
+    with pytest.raises(UsageError, match=r"folds.also is 'week', which is no column.*Allowed: batch, compound"):
+        plan_folds(table, FoldsSettings(also="week"))
+    with pytest.raises(DataError, match=r"folds.also is 'batch', which is not known of 1 compound\(s\)") as fault:
+        plan_folds(table.assign(batch=table["batch"].where(table["compound"] != "b2", "")), FoldsSettings(also="batch"))
+    assert fault.value.problems == ("b2",)
+    with pytest.raises(DataError, match="Nothing can be held out together with its batch"):
+        plan_folds(table.assign(batch="W1"), FoldsSettings(also="batch"))
+
+
+def test_the_file_keeps_what_is_left_out_besides(tmp_path: Path) -> None:
+    folds = plan_folds(weekly(), FoldsSettings(also="batch"))
+    write_folds(tmp_path / "folds.json", folds)
+    assert read_folds(tmp_path / "folds.json") == folds
+    # A split without it has the hash that it always had.
+    assert set(plan_folds(TABLE, FoldsSettings()).document()) == {"by", "classes", "labels", "dropped", "folds"}
+
+
+def test_49_of_the_real_treatments_can_be_scored_without_their_week(cellhpc_data: Path) -> None:
+    job = load_job(Path(__file__).parents[1] / "jobs" / "bbbc021_subset.toml", ["folds.also=batch"])
+    folds = plan_folds(read_screen(job.screen).fields, job.folds)
+    assert folds.not_scorable == {"mevinolin/lovastatin": 3, "simvastatin": 3}
+    assert len(folds.folds) == 16

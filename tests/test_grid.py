@@ -73,3 +73,10 @@ def test_settings_that_only_the_steps_know_share_a_graph() -> None:
         assert settings.model_copy(update={key: value}).graph() == settings.graph()
     for key, value in {"dropout": 0.5, "optimizer": "adamw", "momentum": 0.5, "trained": "head"}.items():
         assert settings.model_copy(update={key: value}).graph() != settings.graph()
+
+
+def test_a_search_does_not_choose_for_what_leaves_the_batch_out() -> None:
+    document = job({"epochs": [8, 16]}).model_dump(mode="json")
+    document["folds"] = {"also": "batch"}
+    with pytest.raises(UsageError, match=r"search and folds\.also exclude each other: inner compounds share their"):
+        parse_job(document, "job")
