@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import resource
@@ -285,7 +286,7 @@ class Memory:
     """Peak resident memory of this process's children, by what they are for, while the block runs."""
 
     def __init__(self) -> None:
-        self.worker_mb = self.here_mb = 0.0
+        self.worker_mb = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -298,14 +299,14 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
+        """Look seldom, as it costs time of what is measured: the system knows the peak of each process."""
         me = psutil.Process()
-        while not self._stop.wait(0.1):
-            self.here_mb = max(self.here_mb, me.memory_info().rss / 1e6)
+        while not self._stop.wait(1.0):
             for child in me.children(recursive=True):
-                try:
-                    self.worker_mb = max(self.worker_mb, child.memory_info().rss / 1e6)
-                except psutil.Error:
-                    continue
+                with contextlib.suppress(OSError, psutil.Error):
+                    status = Path(f"/proc/{child.pid}/status").read_text()
+                    peak_kb = int(status.partition("VmHWM:")[2].split()[0])
+                    self.worker_mb = max(self.worker_mb, peak_kb * 1024 / 1e6)
 
 
 def seconds_text(many: list[float]) -> str:
