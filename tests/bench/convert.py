@@ -303,7 +303,7 @@ class Memory:
         me = psutil.Process()
         while not self._stop.wait(1.0):
             for child in me.children(recursive=True):
-                with contextlib.suppress(OSError, psutil.Error):
+                with contextlib.suppress(OSError, IndexError, psutil.Error):  # it may have ended
                     status = Path(f"/proc/{child.pid}/status").read_text()
                     peak_kb = int(status.partition("VmHWM:")[2].split()[0])
                     self.worker_mb = max(self.worker_mb, peak_kb * 1024 / 1e6)
