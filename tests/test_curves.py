@@ -30,8 +30,8 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def wanted(history: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    keys = ("loss", "learning_rate", "steps", "seconds", "images_per_s", "waiting_for_data", "checkpoint_seconds")
-    for key in (*keys, "memory_mb"):
+    keys = ("loss", "learning_rate", "steps", "seconds", "images_per_s", "waiting_for_data")
+    for key in (*keys, "checkpoint_seconds", "predict_seconds", "memory_mb"):
         yield f"run/{key}", [(epoch["epoch"], epoch[key]) for epoch in history]
     for level in history[0]["held_out"]:
         counts = [(epoch["epoch"], epoch["held_out"][level]) for epoch in history]

@@ -169,8 +169,10 @@ def test_a_study_that_is_cancelled_is_resumed_with_what_is_missing(
     until("a run is done", lambda: len(night.predictions()) >= 1, 120, night.last_words)
     again = night.cellhpc("resume", night.study)
     assert "Nothing is to be submitted" in again.stdout, again.stdout + again.stderr
-    night.run_at_work()  # there is something to cancel
+    at_work = psutil.Process(_pid(night, night.run_at_work()[1]))
+    at_work.suspend()  # so that it is not done before the command is
     said = night.cellhpc("cancel", night.study)
+    at_work.resume()
     assert said.returncode == 0, said.stderr
     status = stays_quiet(night)
     assert "cancelled" in night.ends()
