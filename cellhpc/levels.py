@@ -132,23 +132,34 @@ class Ladder:
     Parameters
     ----------
     table
-        Keys and labels of the rows (see the module's text).
+        Keys and labels of the rows (see the module's text), without probabilities.
+    classes
+        Classes, in the order of the probabilities.
 
     Attributes
     ----------
+    table, classes
+        As given.
     units
         `Units` of each level that the table has, from the finest to the coarsest.
+    truth
+        Number of each row's label among the classes, int64 (rows,).
+    compounds
+        Number of each row's compound, int64 (rows,), and the names of the compounds.
 
     Raises
     ------
     DataError
-        Columns are missing, there are no rows, rows are there twice, or a unit has two labels.
+        Columns are missing, there are no rows, a label is unknown, rows are there twice, or a unit has two labels.
     """
 
-    def __init__(self, table: pd.DataFrame) -> None:
+    def __init__(self, table: pd.DataFrame, classes: Sequence[str]) -> None:
         _require_columns(table)
+        self.table, self.classes = table, tuple(classes)
+        self.truth = label_codes(table["label"], classes)
         start = finest(table.columns)
         codes = {name: pd.factorize(table[name].to_numpy()) for name in _DESCRIBING if name in table}
+        self.compounds = codes["compound"]
         self.units: dict[str, Units] = {}
         for level in LEVELS[LEVELS.index(start) :]:
             of_row = np.zeros(len(table), np.int64)
@@ -265,22 +276,17 @@ def combine(predictions: pd.DataFrame, how: How = "mean") -> dict[str, pd.DataFr
     probabilities = check_probabilities(predictions)
     classes = classes_of(predictions)
     keys = predictions.drop(columns=[PREFIX + name for name in classes])
-    ladder = Ladder(keys)
-    climbed = ladder.climb(probabilities, how)
-    return {level: unit_table(keys, ladder, level, scored, classes) for level, scored in climbed.items()}
+    ladder = Ladder(keys, classes)
+    return {level: unit_table(ladder, level, scored) for level, scored in ladder.climb(probabilities, how).items()}
 
 
-def unit_table(keys: pd.DataFrame, ladder: Ladder, level: str, scored: Scored, classes: Sequence[str]) -> pd.DataFrame:
+def unit_table(ladder: Ladder, level: str, scored: Scored) -> pd.DataFrame:
     """Make the table of one level.
 
     Parameters
     ----------
-    keys
-        The rows that the ladder stands on, without probabilities.
     ladder, level, scored
-        Of `keys`; the level; what `Ladder.climb` gave for it.
-    classes
-        Classes, in the order of the probabilities.
+        The units; the level; what `Ladder.climb` gave for it.
 
     Returns
     -------
@@ -289,15 +295,19 @@ def unit_table(keys: pd.DataFrame, ladder: Ladder, level: str, scored: Scored, c
         (whether the true label is one of the first two), and the probabilities `p_<class>` (float64, rows sum to one).
         Treatments and compounds are sorted by label, compound and concentration, the others by their keys.
     """
-    units = ladder.units[level]
+    units, keys = ladder.units[level], ladder.table
     table = keys.drop(columns=list(_NOT_OF_A_LEVEL[level]), errors="ignore").iloc[units.first].reset_index(drop=True)
-    rank = scored.rank(label_codes(table["label"], classes))
+    rank = scored.rank(ladder.truth[units.first])
     table["tiles"] = units.rows
-    table["call"] = np.array(classes, dtype=object)[scored.calls()]
+    table["call"] = np.array(ladder.classes, dtype=object)[scored.calls()]
     table["correct"] = rank == 0
     table["top2"] = rank < 2
-    probabilities = pd.DataFrame(scored.probabilities, columns=[PREFIX + name for name in classes])
-    table = pd.concat([table, probabilities], axis=1)
+    probabilities = pd.DataFrame(scored.probabilities, columns=[PREFIX + name for name in ladder.classes])
+    return in_order(pd.concat([table, probabilities], axis=1), level)
+
+
+def in_order(table: pd.DataFrame, level: str) -> pd.DataFrame:
+    """Sort the table of a level as `unit_table` gives it."""
     order = [name for name in _ORDER.get(level, KEYS[level]) if name in table]
     return table.sort_values(order, kind="stable").reset_index(drop=True)
 

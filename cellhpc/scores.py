@@ -26,7 +26,6 @@ from cellhpc.levels import (
     check_probabilities,
     classes_of,
     combine,
-    label_codes,
 )
 
 __all__ = [
@@ -37,6 +36,8 @@ __all__ = [
 
 RESAMPLES = 2000
 """Draws of a bootstrap."""
+BASELINES = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
+"""What is reached without looking at a picture, in words."""
 
 
 def levels(predictions: pd.DataFrame, how: How = "mean") -> dict[str, dict[str, Any]]:
@@ -53,10 +54,11 @@ def levels(predictions: pd.DataFrame, how: How = "mean") -> dict[str, dict[str, 
         As `combine`.
     """
     probabilities = check_probabilities(predictions)
-    truth = label_codes(predictions["label"], classes_of(predictions))
-    ladder = Ladder(predictions)
+    ladder = Ladder(predictions, classes_of(predictions))
     return {
-        level: accuracy(int((scored.calls() == truth[ladder.units[level].first]).sum()), len(scored.probabilities))
+        level: accuracy(
+            int((scored.calls() == ladder.truth[ladder.units[level].first]).sum()), len(scored.probabilities)
+        )
         for level, scored in ladder.climb(probabilities, how).items()
     }
 
@@ -255,7 +257,7 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
         treatments. `batch_only`: the commonest label among the training treatments that share a batch with the
         treatment, or the majority where none does. The last two are as `accuracy` gives, or None where the table has
         no training treatments (a single fold) or no batches. Of equally common labels the first in alphabetical order
-        is taken.
+        is taken. `table`: those that there are as rows: `name`, `words`, what `accuracy` gives, and `not_scorable`.
     """
     wells = wells.assign(
         fold=wells["fold"] if "fold" in wells else wells["compound"],
@@ -266,7 +268,7 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
     folds = units.index.get_level_values("fold")
     chance = 1 / len(classes)
     if len(units) == 0 or folds.nunique() < 2:
-        return {"chance": chance, "majority": None, "batch_only": None}
+        return {"chance": chance, "majority": None, "batch_only": None, "table": []}
     majority_right = batch_right = 0
     for fold in folds.unique():
         training = units[folds != fold]
@@ -276,7 +278,9 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
             majority_right += label == majority
             batch_right += label == (_commonest(together) if len(together) else majority)
     batch_only = accuracy(batch_right, len(units)) if units["batches"].any() else None
-    return {"chance": chance, "majority": accuracy(majority_right, len(units)), "batch_only": batch_only}
+    found = {"majority": accuracy(majority_right, len(units)), "batch_only": batch_only}
+    table = [{"name": name, "words": BASELINES[name], **at, "not_scorable": 0} for name, at in found.items() if at]
+    return {"chance": chance, **found, "table": table}
 
 
 def _commonest(labels: pd.Series) -> str:

@@ -91,10 +91,10 @@ def test_scores_follow_the_schema_that_is_shipped(made: Path) -> None:
     schema = json.loads(resources.files("cellhpc").joinpath("scores.schema.json").read_text())
     document = ledger.read_json(made / "results" / "scores.json")
     assert violations(document, schema, schema) == []
-    del document["models"][0]["levels"]["well"]
+    del document["models"][0]["levels"]["treatment"]
     document["models"][1]["levels"]["tile"]["accuracy"] = "high"
     assert violations(document, schema, schema) == [
-        "scores.models[0].levels: lacks well",
+        "scores.models[0].levels: lacks treatment",
         "scores.models[1].levels.tile.accuracy: str, not number",
     ]
 
@@ -270,6 +270,7 @@ def test_files(made: Path) -> None:
     expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
     expected |= {f"confusion-ResNet50-{start}.csv" for start in ("imagenet", "xavier")}
     expected |= {"scores.json", "report.html", "treatments.csv", "wells.csv", "fields.csv", "done.json"}
+    expected |= {"compounds.csv", "by_label.csv", "comparisons.csv"}
     assert names == expected
     matrix = pd.read_csv(made / "results" / "confusion-ResNet50-xavier.csv", index_col="label")
     assert list(matrix.index) == list(matrix.columns) == list(CLASSES)
@@ -339,6 +340,30 @@ def test_missing_folds_are_in_the_headline(study: Path) -> None:
     assert first in (study / "results" / "report.html").read_text()
 
 
+def test_models_are_compared_over_compounds(made: Path) -> None:
+    document = ledger.read_json(made / "results" / "scores.json")
+    (pair,) = document["comparisons"]
+    assert (pair["a"], pair["b"], pair["compounds"]) == ("ResNet50, imagenet", "ResNet50, xavier", len(COMPOUNDS))
+    first, second = (model["levels"]["treatment"]["correct"] for model in document["models"])
+    assert pair["a_only"] - pair["b_only"] == first - second
+    assert sum(pair[key] for key in ("a_only", "b_only", "both", "neither")) == pair["treatments"] == 14
+    table = pd.read_csv(made / "results" / "comparisons.csv")
+    assert table.loc[0, "p_value"] == pair["p_value"]
+    assert [table.loc[0, "bootstrap95_low"], table.loc[0, "bootstrap95_high"]] == pair["bootstrap95"]
+
+
+def test_compounds_and_labels_have_tables(made: Path) -> None:
+    compounds = pd.read_csv(made / "results" / "compounds.csv")
+    treatments = pd.read_csv(made / "results" / "treatments.csv")
+    model = ["network", "initialisation"]
+    expected = treatments.groupby([*model, "compound"])["correct"].agg(["sum", "size"])
+    found = compounds.set_index([*model, "compound"]).loc[expected.index]
+    assert found["right"].tolist() == expected["sum"].tolist()
+    assert found["treatments"].tolist() == expected["size"].tolist()
+    labels = pd.read_csv(made / "results" / "by_label.csv")
+    assert labels.groupby(model)["total"].sum().tolist() == [14, 14]
+
+
 class TestRefusals:
     def test_nothing_finished(self, study: Path) -> None:
         for unit in units(study):
@@ -406,6 +431,30 @@ class TestRefusals:
         ledger.write_table(path, pd.concat([table, table.head(1)]))
         with pytest.raises(DataError, match="1 tiles are predicted more than once"):
             again(study)
+
+    def test_a_well_of_two_folds(self, study: Path) -> None:
+        """Where the predictions do not say what was held out, wells still tell."""
+        first, second = units(study)[:2]
+        for unit in units(study):
+            path = outputs(unit) / "predictions.parquet"
+            ledger.write_table(
+                path, pd.read_parquet(path).rename(columns={"compound": "substance"}).assign(compound="?")
+            )
+        folds = replace(read_folds(study / "folds.json"), by="substance_held_out")
+        write_folds(study / "folds.json", folds)
+        for unit in units(study):
+            change(unit, folds_sha256=folds.sha256)
+        shutil.copy(outputs(first) / "predictions.parquet", outputs(second) / "predictions.parquet")
+        with pytest.raises(DataError, match=r"plate Week2_., well .*: is held out by two folds, AZ-A and PP-2"):
+            again(study)
+
+    def test_results_stay_as_they_were_when_runs_are_refused(self, study: Path) -> None:
+        before = {path.name: path.read_bytes() for path in (study / "results").iterdir()}
+        last = outputs(units(study)[-1]) / "predictions.parquet"
+        last.write_bytes(b"torn")
+        with pytest.raises(DataError, match="can't be read"):
+            again(study)
+        assert {path.name: path.read_bytes() for path in (study / "results").iterdir()} == before
 
     def test_histories_of_different_lengths(self, study: Path) -> None:
         path = outputs(units(study)[0]) / "history.json"

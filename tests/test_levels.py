@@ -166,11 +166,11 @@ def test_a_compound_of_several_labels_is_no_unit(table: pd.DataFrame) -> None:
 
 
 def test_one_ladder_serves_every_model_of_the_same_rows(table: pd.DataFrame) -> None:
-    ladder = levels.Ladder(table.drop(columns=COLUMNS))
+    ladder = levels.Ladder(table.drop(columns=COLUMNS), CLASSES)
     for seed in (1, 2):
         other = predictions(seed=seed)
         climbed = ladder.climb(levels.check_probabilities(other))
-        treatments = levels.unit_table(table.drop(columns=COLUMNS), ladder, "treatment", climbed["treatment"], CLASSES)
+        treatments = levels.unit_table(ladder, "treatment", climbed["treatment"])
         pd.testing.assert_frame_equal(treatments, levels.combine(other)["treatment"])
 
 

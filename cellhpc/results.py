@@ -1,0 +1,150 @@
+"""What is written of scores: tables that grow fold by fold, figures, the document and the page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+
+from cellhpc import figures, ledger
+from cellhpc.errors import DataError
+from cellhpc.montage import montage
+from cellhpc.outliers import outliers
+from cellhpc.report import render_report
+from cellhpc.tally import ModelTally
+from cellhpc.tiles import Store
+
+Name = tuple[str, str]
+"""Network and initialisation of a model."""
+GROWING = {"well": "wells.csv", "field": "fields.csv"}
+"""Tables that are too large to be kept."""
+
+
+class GrowingTables:
+    """Tables of wells and fields, written as their folds come; under their names only when all is there.
+
+    Parameters
+    ----------
+    folder
+        Where they are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, tuple[TextIO, list[str]]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> GrowingTables:
+        return self
+
+    def __exit__(self, *fault: Any) -> bool | None:
+        return self._stack.__exit__(*fault)
+
+    def add(self, model: Name, tables: Mapping[str, pd.DataFrame]) -> None:
+        """Append the wells and fields of a fold; columns that the first fold lacks are left out."""
+        for level in GROWING.keys() & tables.keys():
+            table = named(model, tables[level])
+            if level not in self._open:
+                self._open[level] = (self._begin(GROWING[level]), list(table.columns))
+                pd.DataFrame(columns=self._open[level][1]).to_csv(self._open[level][0], index=False)
+            file, columns = self._open[level]
+            table.reindex(columns=columns).to_csv(file, index=False, header=False)
+
+    def _begin(self, name: str) -> TextIO:
+        temporary = self._stack.enter_context(ledger.replacing(self._folder / name))
+        return self._stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+
+
+def named(model: Name, table: pd.DataFrame) -> pd.DataFrame:
+    """Put the model's name before the columns of a table."""
+    whose = {"network": model[0], "initialisation": model[1]}
+    return pd.concat([pd.DataFrame(whose, index=table.index), table], axis=1)
+
+
+def write_results(
+    results: Path,
+    document: dict[str, Any],
+    models: Mapping[Name, ModelTally],
+    inputs: str,
+    store: Store | None = None,
+) -> None:
+    """Write tables, figures, the document and the page, the marker last; remove what an earlier aggregation had more.
+
+    Parameters
+    ----------
+    results
+        Where they go.
+    document
+        That of `scores.json`.
+    models
+        Of each model its tables.
+    inputs
+        Digest of all that went into them.
+    store
+        What the runs learnt from, for the montage and the quality of the pictures.
+    """
+    (results / ledger.DONE).unlink(missing_ok=True)
+    classes = document["classes"]
+    for name, table in _tables(document, models).items():
+        if table.empty:
+            (results / name).unlink(missing_ok=True)
+        else:
+            ledger.write_table(results / name, table)
+    matrices, pictures = {}, {}
+    for model in document["models"]:
+        title = f"{model['network']}, {model['initialisation']}"
+        matrix = pd.DataFrame(model["confusion"], index=pd.Index(classes, name="label"), columns=classes)
+        name = f"confusion-{model['slug']}"
+        matrices[title] = matrix
+        pictures[name] = figures.save(figures.confusion_figure(matrix, title), results / f"{name}.png")
+        ledger.write_table(results / f"{name}.csv", matrix.reset_index())
+    pictures["confusion"] = figures.save(figures.confusions_figure(matrices), results / "confusion.png")
+    if all(model["curves"] for model in document["models"]):
+        curves = figures.learning_curves_figure(document["models"], len(classes))
+        pictures["learning-curves"] = figures.save(curves, results / "learning-curves.png")
+    if store:
+        ledger.write_table(results / "outliers.csv", outliers(store.fields))
+        try:
+            pictures["montage"] = montage(store, classes).save(results / "montage.png")
+        except (DataError, OSError) as fault:  # scores don't need the tiles, which may be gone by now
+            (results / "montage.png").unlink(missing_ok=True)
+            document["no_montage"] = str(fault)
+    ledger.write_json(results / "scores.json", document)
+    ledger.write_text(results / "report.html", render_report(document, pictures))
+    for path in results.glob("confusion-*"):
+        if path.stem not in pictures:
+            path.unlink()
+    ledger.mark_done(results, inputs)
+
+
+def _tables(document: Mapping[str, Any], models: Mapping[Name, ModelTally]) -> dict[str, pd.DataFrame]:
+    """Tables of all models together, by file name."""
+    entries = {(entry["network"], entry["initialisation"]): entry for entry in document["models"]}
+    parts: dict[str, list[pd.DataFrame]] = {"treatments.csv": [], "compounds.csv": [], "by_label.csv": []}
+    for name, model in models.items():
+        compounds = model.compounds
+        parts["treatments.csv"].append(named(name, model.treatments))
+        counts = pd.DataFrame(entries[name]["by_compound"]).rename(columns={"correct": "right", "total": "treatments"})
+        if compounds is not None:
+            counts = compounds.merge(counts.drop(columns="label"), on="compound", how="left")
+        parts["compounds.csv"].append(named(name, counts))
+        parts["by_label.csv"].append(named(name, _flat_intervals(entries[name]["by_label"])))
+    found = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    return {**found, "comparisons.csv": _flat_intervals(document["comparisons"])}
+
+
+def _flat_intervals(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Make a table of entries whose intervals become two columns each."""
+    return pd.DataFrame([dict(_flat(row)) for row in rows])
+
+
+def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in row.items():
+        if key.endswith("95"):
+            low, high = value or (None, None)
+            yield from ((f"{key}_low", low), (f"{key}_high", high))
+        else:
+            yield key, value
