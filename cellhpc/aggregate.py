@@ -154,9 +154,9 @@ def aggregate(
             for name, own in of_folds[fold].items():
                 members = {run.seed: read for run in own if (read := reader.read(run, problems))}
                 if members and not problems:
-                    of_levels = models[name].add(members)
-                    tables.add(name, of_levels)
-                    problems += asked.add(fold, of_levels["well"])
+                    ladder, climbed = models[name].add(members)
+                    tables.add(name, ladder, climbed)
+                    problems += asked.add(fold, ladder.describe("well")[0])
         if problems:
             raise DataError(
                 "The finished runs can't be scored together.",

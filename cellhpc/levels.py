@@ -182,6 +182,25 @@ class Ladder:
                 _refuse_mixtures(table, level, units, differs)
             self.units[level] = units
         self._groups: dict[tuple[str, str], _Groups] = {}
+        self._described: dict[str, tuple[pd.DataFrame, NDArray]] = {}
+
+    def describe(self, level: str) -> tuple[pd.DataFrame, NDArray]:
+        """Describe the units of a level: their keys and what else is known of them, and `tiles`.
+
+        Returns
+        -------
+        table
+            One row a unit: treatments and compounds sorted by label, compound and concentration, the others by their
+            keys.
+        order
+            Number of the unit of each row, int64 (units,).
+        """
+        if level not in self._described:
+            units = self.units[level]
+            table = self.table.drop(columns=list(_NOT_OF_A_LEVEL[level]), errors="ignore").iloc[units.first]
+            table = in_order(table.assign(tiles=units.rows).set_axis(range(len(table))), level)
+            self._described[level] = table.reset_index(drop=True), table.index.to_numpy()
+        return self._described[level]
 
     def climb(self, probabilities: NDArray, how: How = "mean") -> dict[str, Scored]:
         """Combine probabilities of the rows to those of the units of each level.
@@ -295,21 +314,17 @@ def unit_table(ladder: Ladder, level: str, scored: Scored) -> pd.DataFrame:
         (whether the true label is one of the first two), and the probabilities `p_<class>` (float64, rows sum to one).
         Treatments and compounds are sorted by label, compound and concentration, the others by their keys.
     """
-    units, keys = ladder.units[level], ladder.table
-    table = keys.drop(columns=list(_NOT_OF_A_LEVEL[level]), errors="ignore").iloc[units.first].reset_index(drop=True)
-    rank = scored.rank(ladder.truth[units.first])
-    table["tiles"] = units.rows
-    table["call"] = np.array(ladder.classes, dtype=object)[scored.calls()]
-    table["correct"] = rank == 0
-    table["top2"] = rank < 2
-    probabilities = pd.DataFrame(scored.probabilities, columns=[PREFIX + name for name in ladder.classes])
-    return in_order(pd.concat([table, probabilities], axis=1), level)
+    described, order = ladder.describe(level)
+    rank = scored.rank(ladder.truth[ladder.units[level].first])[order]
+    calls = np.array(ladder.classes, dtype=object)[scored.calls()[order]]
+    called = pd.DataFrame({"call": calls, "correct": rank == 0, "top2": rank < 2})
+    columns = [PREFIX + name for name in ladder.classes]
+    return pd.concat([described, called, pd.DataFrame(scored.probabilities[order], columns=columns)], axis=1)
 
 
 def in_order(table: pd.DataFrame, level: str) -> pd.DataFrame:
-    """Sort the table of a level as `unit_table` gives it."""
-    order = [name for name in _ORDER.get(level, KEYS[level]) if name in table]
-    return table.sort_values(order, kind="stable").reset_index(drop=True)
+    """Sort the table of a level as `Ladder.describe` does; each row keeps its index."""
+    return table.sort_values([name for name in _ORDER.get(level, KEYS[level]) if name in table], kind="stable")
 
 
 def average_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 
 from cellhpc import figures, ledger
 from cellhpc.errors import DataError
+from cellhpc.levels import PREFIX, Ladder, Scored
 from cellhpc.montage import montage
 from cellhpc.outliers import outliers
 from cellhpc.report import render_report
@@ -34,7 +36,8 @@ class GrowingTables:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: dict[str, tuple[TextIO, list[str]]] = {}
+        self._open: dict[str, tuple[Any, list[str]]] = {}
+        self._described: tuple[Ladder | None, dict[str, list[list[Any]]]] = (None, {})
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> GrowingTables:
@@ -43,19 +46,38 @@ class GrowingTables:
     def __exit__(self, *fault: Any) -> bool | None:
         return self._stack.__exit__(*fault)
 
-    def add(self, model: Name, tables: Mapping[str, pd.DataFrame]) -> None:
-        """Append the wells and fields of a fold; columns that the first fold lacks are left out."""
-        for level in GROWING.keys() & tables.keys():
-            table = named(model, tables[level])
-            if level not in self._open:
-                self._open[level] = (self._begin(GROWING[level]), list(table.columns))
-                pd.DataFrame(columns=self._open[level][1]).to_csv(self._open[level][0], index=False)
-            file, columns = self._open[level]
-            table.reindex(columns=columns).to_csv(file, index=False, header=False)
+    def add(self, model: Name, ladder: Ladder, climbed: Mapping[str, Scored]) -> None:
+        """Append the wells and fields of a fold, as `levels.unit_table` gives them with the model's name before.
 
-    def _begin(self, name: str) -> TextIO:
-        temporary = self._stack.enter_context(ledger.replacing(self._folder / name))
-        return self._stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+        Columns that the first fold lacks are left out. The rows are put together here, for speed: what describes the
+        units is the same for all models of a fold.
+        """
+        if self._described[0] is not ladder:
+            self._described = (ladder, {})
+        for level in GROWING.keys() & climbed.keys():
+            described, order = ladder.describe(level)
+            scored = climbed[level]
+            writer, columns = self._open.get(level) or self._begin(level, described, ladder.classes)
+            if level not in self._described[1]:
+                rows = described.reindex(columns=columns).astype(object)
+                self._described[1][level] = rows.where(rows.notna(), None).to_numpy().tolist()
+            rank = scored.rank(ladder.truth[ladder.units[level].first])[order]
+            parts = (scored.calls()[order], rank == 0, rank < 2, scored.probabilities[order])
+            writer.writerows(
+                (*model, *units, ladder.classes[call], right, near, *probabilities)
+                for units, call, right, near, probabilities in zip(
+                    self._described[1][level], *(part.tolist() for part in parts), strict=True
+                )
+            )
+
+    def _begin(self, level: str, described: pd.DataFrame, classes: Sequence[str]) -> tuple[Any, list[str]]:
+        temporary = self._stack.enter_context(ledger.replacing(self._folder / GROWING[level]))
+        file = self._stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+        writer, columns = csv.writer(file, lineterminator="\n"), list(described.columns)
+        called = ["call", "correct", "top2", *(PREFIX + name for name in classes)]
+        writer.writerow(["network", "initialisation", *columns, *called])
+        self._open[level] = (writer, columns)
+        return self._open[level]
 
 
 def named(model: Name, table: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cellhpc import ledger
 from cellhpc.errors import DataError, listing
-from cellhpc.folds import Folds
+from cellhpc.folds import Fold, Folds
 from cellhpc.levels import PREFIX, Ladder, sound
 
 CURVES = ("tile", "field", "well", "treatment")
@@ -120,12 +120,12 @@ def read_runs(
         One line for each thing that is wrong.
     """
     runs, problems, origin = [], [], Origin()
-    planned = {fold.name: fold for fold in folds.folds}
+    split = _Split(folds.by, folds.sha256, {fold.name: fold for fold in folds.folds})
     for unit, folder in outputs.items():
         try:
             facts = ledger.read_json(folder / "run.json")
             epochs = ledger.read_json(folder / "history.json")["epochs"]
-            problems += [f"{unit.name}: {problem}" for problem in _problems_of(facts, epochs, classes, folds, planned)]
+            problems += [f"{unit.name}: {problem}" for problem in _problems_of(facts, epochs, classes, split)]
             runs.append(_kept(unit.name, folder, facts, epochs))
         except (OSError, DataError, ValueError, KeyError) as fault:
             problems.append(f"{unit.name}: {_unreadable(fault)}")
@@ -161,20 +161,29 @@ def _unreadable(fault: Exception) -> str:
     return f"can't be read: {fault!s}".splitlines()[0]
 
 
+@dataclass(frozen=True)
+class _Split:
+    """What is asked of `Folds` for every run: its hash is computed once."""
+
+    by: str
+    sha256: str
+    folds: Mapping[str, Fold]
+
+
 def _problems_of(
-    facts: Mapping[str, Any], epochs: Sequence[Any], classes: Sequence[str], folds: Folds, planned: Mapping[str, Any]
+    facts: Mapping[str, Any], epochs: Sequence[Any], classes: Sequence[str], split: _Split
 ) -> Iterator[str]:
     """Say what is wrong with the record of one run, by itself and against the split."""
-    if facts["folds_sha256"] != folds.sha256:
-        yield f"split {facts['folds_sha256'][:12]}, the study's folds.json has {folds.sha256[:12]}"
+    if facts["folds_sha256"] != split.sha256:
+        yield f"split {facts['folds_sha256'][:12]}, the study's folds.json has {split.sha256[:12]}"
     yield from problems_of_classes("run.json", facts["classes"], classes)
     name, held_out = str(facts["fold"]["name"]), set(facts["fold"]["held_out"])
-    expected = set(planned[name].held_out) if name in planned else None
-    if expected != held_out:
-        yield f"fold {name} holds out {listing(held_out)}; folds.json: {listing(expected or ())}"
+    fold = split.folds.get(name, Fold(name, ()))
+    if set(fold.held_out) != held_out:
+        yield f"fold {name} holds out {listing(held_out)}; folds.json: {listing(fold.held_out)}"
     if trained := held_out & set(facts.get("trained_on", ())):
-        yield f"holds out {folds.by} {listing(trained)}, which it trained on: a leak"
-    inner = set(planned[name].inner) if name in planned else set()
+        yield f"holds out {split.by} {listing(trained)}, which it trained on: a leak"
+    inner = set(fold.inner)
     search = facts.get("search")
     if search is None:
         if inner:
@@ -182,11 +191,11 @@ def _problems_of(
     else:
         asked, learnt = set(search["asked"]), set(search["trained_on"])
         if leaked := held_out & (asked | learnt):
-            yield f"holds out {folds.by} {listing(leaked)}, which took part in its search: a leak"
+            yield f"holds out {split.by} {listing(leaked)}, which took part in its search: a leak"
         if asked != inner:
-            yield f"chose on {folds.by} {listing(asked)}; folds.json: {listing(inner)}"
+            yield f"chose on {split.by} {listing(asked)}; folds.json: {listing(inner)}"
         if both := asked & learnt:
-            yield f"its search trained on {folds.by} {listing(both)}, on which it chose: a leak"
+            yield f"its search trained on {split.by} {listing(both)}, on which it chose: a leak"
         if len(epochs) != (chosen := facts["settings"]["epochs"]):
             yield f"its history has {len(epochs)} epochs, and it chose {chosen}"
     if not epochs:

@@ -74,7 +74,7 @@ class ModelTally:
         self._kept: dict[str, list[pd.DataFrame]] = {level: [] for level in KEPT}
         self._members: list[tuple[int, list[tuple[Any, ...]], NDArray]] = []
 
-    def add(self, members: Mapping[int, tuple[Ladder, NDArray]]) -> dict[str, pd.DataFrame]:
+    def add(self, members: Mapping[int, tuple[Ladder, NDArray]]) -> tuple[Ladder, dict[str, Scored]]:
         """Add a fold.
 
         Parameters
@@ -84,8 +84,8 @@ class ModelTally:
 
         Returns
         -------
-        dict
-            For each level the table of the ensemble of the seeds (mean probability of each row).
+        ladder, scored
+            The units of the ensemble of the seeds (mean probability of each row), and what is scored of each level.
         """
         climbed = {}
         for seed, (ladder, values) in members.items():
@@ -96,10 +96,9 @@ class ModelTally:
         ladder, values = self._ensemble(list(members.values()))
         whole = next(iter(climbed.values())) if len(members) == 1 else ladder.climb(values, self.how)
         self._whole.add(ladder, whole)
-        tables = {level: unit_table(ladder, level, scored) for level, scored in whole.items()}
-        for level in KEPT:
-            self._kept[level] += [tables[level]] if level in tables else []
-        return tables
+        for level in whole.keys() & self._kept.keys():
+            self._kept[level].append(unit_table(ladder, level, whole[level]))
+        return ladder, whole
 
     def _ensemble(self, members: Sequence[tuple[Ladder, NDArray]]) -> tuple[Ladder, NDArray]:
         first = members[0][0]
@@ -115,12 +114,12 @@ class ModelTally:
         """Table of the compounds of all folds; None where a fold has no such level."""
         if "compound" not in self._whole.levels():
             return None
-        return in_order(pd.concat(self._kept["compound"], ignore_index=True), "compound")
+        return in_order(pd.concat(self._kept["compound"], ignore_index=True), "compound").reset_index(drop=True)
 
     @property
     def treatments(self) -> pd.DataFrame:
         """Table of the treatments of all folds."""
-        return in_order(pd.concat(self._kept["treatment"], ignore_index=True), "treatment")
+        return in_order(pd.concat(self._kept["treatment"], ignore_index=True), "treatment").reset_index(drop=True)
 
     def members(self) -> NDArray:
         """Give the probabilities of each seed, float32 (seeds, treatments, classes); NaN where a seed lacks a fold.

@@ -264,6 +264,26 @@ def test_tables_hold_calls_and_probabilities_of_every_model(made: Path) -> None:
         assert (table["correct"] == (table["call"] == table["label"])).all()
 
 
+def test_wells_and_fields_are_the_tables_that_levels_make(made: Path) -> None:
+    """They are put together row by row as folds come: the same as the tables in one piece."""
+    for level, name in (("well", "wells"), ("field", "fields")):
+        found = pd.read_csv(made / "results" / f"{name}.csv", dtype={"replicate": str})
+        for start in ("imagenet", "xavier"):
+            tiles = pd.concat(
+                [
+                    pd.read_parquet(outputs(unit) / "predictions.parquet").assign(fold=fold.name)
+                    for unit, fold in zip(
+                        [unit for unit in units(made) if start in unit.name],
+                        read_folds(made / "folds.json").folds,
+                        strict=True,
+                    )
+                ]
+            )
+            own = found[found["initialisation"] == start].drop(columns=["network", "initialisation"])
+            own = own.sort_values(list(scores.KEYS[level])).reset_index(drop=True)
+            pd.testing.assert_frame_equal(own, scores.combine(tiles)[level], check_dtype=False)
+
+
 def test_files(made: Path) -> None:
     names = {path.name for path in (made / "results").iterdir()}
     pictures = ("confusion", "confusion-ResNet50-imagenet", "confusion-ResNet50-xavier", "learning-curves")

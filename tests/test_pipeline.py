@@ -78,7 +78,7 @@ def test_one_command_from_raw_plates_to_a_scored_result_on_two_ranks(finished: t
     assert scores["runs"]["done"] == scores["runs"]["expected"] == 6
     (model,) = scores["models"]
     totals = {level: count["total"] for level, count in model["levels"].items()}
-    assert totals == {"tile": 6 * 3 * 4 * 4, "field": 6 * 3 * 4, "well": 6 * 3, "treatment": 6}
+    assert totals == {"tile": 6 * 3 * 4 * 4, "field": 6 * 3 * 4, "well": 6 * 3, "treatment": 6, "compound": 6}
     for count in model["levels"].values():
         assert count["accuracy"] == pytest.approx(count["correct"] / count["total"])
         low, high = count["wilson95"]
