@@ -167,13 +167,18 @@ def aggregate(
     entries = [_entry(own, models[name], folds) for name, own in of_models.items()]
     missing = [unit.name for unit in units if unit not in outputs]
     cautions = _cautions(asked, folds, conversion or {})
+    incomplete = (
+        [f"Incomplete: {len(outputs)} of {len(units)} runs are finished. Missing: {listing(missing, 6)}."]
+        if missing
+        else []
+    )
     # Else the training treatments are not all known.
     whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also
     document = {
         "schema": SCHEMA,
         "study": job_name,
         "complete": not missing,
-        "headline": headline(entries, len(outputs), len(units), missing) + cautions,
+        "headline": incomplete + headline(entries) + cautions,
         "cautions": cautions,
         "combine": how,
         "classes": list(classes),
@@ -298,11 +303,9 @@ def _cost(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     }
 
 
-def headline(models: Sequence[dict[str, Any]], done: int, expected: int, missing: Sequence[str]) -> list[str]:
-    """Say what is missing, then the accuracy of each model in one sentence."""
+def headline(models: Sequence[dict[str, Any]]) -> list[str]:
+    """Say the accuracy of each model in one sentence, and which folds it lacks."""
     sentences = []
-    if missing:
-        sentences.append(f"Incomplete: {done} of {expected} runs are finished. Missing: {listing(missing, 6)}.")
     for model in models:
         at = model["levels"]["treatment"]
         low, high = at["wilson95"]
@@ -311,8 +314,8 @@ def headline(models: Sequence[dict[str, Any]], done: int, expected: int, missing
             f"{100 * at['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}; {model['levels_of']})"
         )
         for seed, entry in model["by_seed"].items():
-            folds = entry.get("folds")
-            if folds and folds["missing"]:
+            folds = entry["folds"]
+            if folds["missing"]:
                 which = f" of seed {seed}" if len(model["seeds"]) > 1 else ""
                 sentence += (
                     f"; {folds['done']} of {folds['total']} folds{which}, without {listing(folds['missing'], 6)}"
@@ -321,17 +324,22 @@ def headline(models: Sequence[dict[str, Any]], done: int, expected: int, missing
     return sentences
 
 
+def caution_of_shared(asked: pd.DataFrame, by: str) -> list[str]:
+    """Say so where compounds are on both sides of a split; `asked` has the columns `compound` and `fold`."""
+    if not (asked.groupby("compound")["fold"].nunique() > 1).any():
+        return []
+    return [
+        f"What is held out is the {by}: the same compounds are in training, so this is not the accuracy for "
+        "new compounds."
+    ]
+
+
 def _cautions(asked: _Asked, folds: Folds, conversion: Mapping[str, Any]) -> list[str]:
     """Say what else a reader must know: fields that were set aside, and compounds on both sides of a split."""
     sentences = []
     if aside := conversion.get("set_aside"):
         sentences.append(f"{len(aside)} field(s) could not be read and were set aside; scores.json lists them.")
-    shared = asked.table().groupby("compound")["fold"].nunique()
-    if (shared > 1).any():
-        sentences.append(
-            f"What is held out is the {folds.by}: the same compounds are in training, so this is not the accuracy for "
-            "new compounds."
-        )
+    sentences += caution_of_shared(asked.table(), folds.by)
     if folds.not_scorable:
         count = sum(folds.not_scorable.values())
         sentences.append(

@@ -60,7 +60,7 @@ class GrowingTables:
             writer, columns = self._open.get(level) or self._begin(level, described, ladder.classes)
             if level not in self._described[1]:
                 rows = described.reindex(columns=columns).astype(object)
-                self._described[1][level] = rows.where(rows.notna(), None).to_numpy().tolist()
+                self._described[1][level] = rows.where(rows.notna(), "").to_numpy().tolist()
             rank = scored.rank(ladder.truth[ladder.units[level].first])[order]
             parts = (scored.calls()[order], rank == 0, rank < 2, scored.probabilities[order])
             writer.writerows(

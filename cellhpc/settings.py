@@ -326,6 +326,13 @@ class AggregateSettings(Settings):
     mean of their logarithms, `log`, that is the geometric mean, normalised; or the share of calls, `vote`."""
 
 
+PREDICTION_COLUMNS = (
+    "compound", "concentration", "unit", "label", "treatment", "plate", "well", "field", "tile", "batch", "replicate",
+    "fold", "model", "initialisation", "seed",
+)  # fmt: skip
+"""What the columns of a table of predictions may say, for `cellhpc score`."""
+
+
 class Job(Settings):
     """A whole job file."""
 
