@@ -38,7 +38,8 @@
       network, initialisation, seed, fold, values                           `values` as in `[search]`
       log_probability, fields.{correct, total}, inner, diverged             of inner compounds; candidates that diverged
     baselines.{chance, majority, batch_only}      of treatments; null while folds are missing, and with `folds.also`
-    baselines.table[]             the same as rows: {name, words, correct, total, accuracy, wilson95, not_scorable}
+    baselines.table[]             the same as rows, and those of `cellhpc.baselines` where there is a store
+      name, words, correct, total, accuracy, wilson95, not_scorable
     conversion                    counts of the store, and the fields that were set aside, each with its reason
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
     provenance, settings          versions, hosts, commits; the resolved job file
@@ -61,6 +62,7 @@ import pandas as pd
 
 from cellhpc import figures, ledger, scores
 from cellhpc.attempts import finished
+from cellhpc.baselines import feature_baselines, feature_digests, intensity_baselines
 from cellhpc.compare import comparisons
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
@@ -134,6 +136,7 @@ def aggregate(
             "settings": settings,
             "conversion": conversion,
             "store": store and store.content_digest,
+            "features": feature_digests(study, store) if store else [],
         }
     )
     if ledger.is_done(results, inputs) and all((results / name).exists() for name in ("scores.json", "report.html")):
@@ -174,6 +177,9 @@ def aggregate(
     )
     # Else the training treatments are not all known.
     whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also
+    baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
+    if store:
+        baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
     document = {
         "schema": SCHEMA,
         "study": job_name,
@@ -191,7 +197,7 @@ def aggregate(
         "models": entries,
         "comparisons": comparisons({name: model.treatments for name, model in models.items()}),
         **_searched(runs),
-        "baselines": scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes),
+        "baselines": baselines,
         "conversion": dict(conversion or {}),
         "quality": summary(store.fields) if store else {},
         "no_montage": "",

@@ -170,7 +170,8 @@ class Ladder:
             units = Units(np.unique(of_row, return_index=True)[1], of_row)
             if level == start:
                 _refuse_duplicates(table, level, units)
-                units = Units(np.arange(len(table)), np.arange(len(table)))  # in the order of the rows
+                of_row = np.arange(len(table))  # in the order of the rows
+                units = Units(of_row, of_row)
             differs = {
                 name: codes[name][0] != codes[name][0][units.first][of_row]
                 for name in _CONSTANT.get(level, ())

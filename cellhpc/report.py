@@ -46,10 +46,8 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
         ]
         table.add_row(name, *_counted(levels["treatment"]), *rest)
     table.add_section()
-    names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
-    for key, words in names.items():
-        if scores["baselines"][key]:
-            table.add_row(words, *_counted(scores["baselines"][key]), "", "", "", style="dim")
+    for row in scores["baselines"]["table"]:
+        table.add_row(row["words"], *_counted(row), "", "", "", style="dim")
     chance = scores["baselines"]["chance"]
     table.add_row(f"chance, 1 of {len(scores['classes'])} classes", "", _percent(chance), "", "", "", "", style="dim")
     if not scores["complete"]:
