@@ -68,8 +68,8 @@ from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
 from cellhpc.outliers import summary
 from cellhpc.results import GrowingTables, Name, write_results
-from cellhpc.runs import CURVES, FinishedRun, FoldReader, read_runs
-from cellhpc.tally import ModelTally
+from cellhpc.runs import CURVES, DRAWS, PREDICTIONS, FinishedRun, FoldReader, read_runs
+from cellhpc.tally import UNKNOWN, ModelTally
 from cellhpc.tiles import Store
 
 SCHEMA = "cellhpc-scores/1"
@@ -153,7 +153,8 @@ def aggregate(
     asked = _Asked()
     with GrowingTables(results) as tables:
         for fold in sorted(of_folds):
-            reader = FoldReader(fold, classes, folds)
+            of_fold = [run for own in of_folds[fold].values() for run in own]
+            reader = FoldReader(fold, classes, folds, of_fold[0].unknown)
             for name, own in of_folds[fold].items():
                 members = {run.seed: read for run in own if (read := reader.read(run, problems))}
                 if members and not problems:
@@ -177,8 +178,10 @@ def aggregate(
     )
     # Else the training treatments are not all known.
     whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also
+    unknown = any(run.unknown for run in runs)
+    whole = whole and not unknown
     baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
-    if store:
+    if store and not unknown:
         baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
     document = {
         "schema": SCHEMA,
@@ -210,7 +213,7 @@ def aggregate(
 
 def _identity(unit: Path, folder: Path) -> list[Any]:
     """Tell a run from a later one: its digest, its attempt, and the sizes and times of its files."""
-    files = [folder / name for name in ("run.json", "history.json", "predictions.parquet")]
+    files = [folder / name for name in ("run.json", "history.json", PREDICTIONS, DRAWS)]
     found = [file.stat() for file in files if file.exists()]
     return [ledger.done_digest(unit), folder.name, *((facts.st_size, facts.st_mtime_ns) for facts in found)]
 
@@ -228,7 +231,9 @@ class _Asked:
         self.columns.update(wells.columns)
         names = [name for name in ("fold", "treatment", "compound", "label", "batch") if name in wells]
         self._rows.update(dict.fromkeys(zip(*(wells[name] for name in names), strict=True)))
-        problems = []
+        problems: list[str] = []
+        if UNKNOWN in wells:  # what is known may be held out beside several labels
+            return problems
         for plate, well in zip(wells["plate"], wells["well"], strict=True):
             if (other := self._folds.setdefault((plate, well), fold)) != fold:
                 problems.append(f"plate {plate}, well {well}: is held out by two folds, {other} and {fold}")
@@ -345,7 +350,13 @@ def _cautions(asked: _Asked, folds: Folds, conversion: Mapping[str, Any]) -> lis
     sentences = []
     if aside := conversion.get("set_aside"):
         sentences.append(f"{len(aside)} field(s) could not be read and were set aside; scores.json lists them.")
-    sentences += caution_of_shared(asked.table(), folds.by)
+    if UNKNOWN in asked.columns:
+        sentences.append(
+            "Each fold leaves a label out altogether. Treatments of that label can't be right and are not scored; "
+            "known ones count in each fold that holds them out."
+        )
+    else:
+        sentences += caution_of_shared(asked.table(), folds.by)
     if folds.not_scorable:
         count = sum(folds.not_scorable.values())
         sentences.append(

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from cellhpc import figures, ledger, scores
 from cellhpc.aggregate import SCHEMA, caution_of_shared, headline, slug
@@ -35,7 +34,7 @@ from cellhpc.levels import PREFIX, How, Ladder, check_probabilities
 from cellhpc.results import GROWING, GrowingTables, Name, write_results
 from cellhpc.runs import Origin
 from cellhpc.settings import PREDICTION_COLUMNS
-from cellhpc.tally import ModelTally
+from cellhpc.tally import ModelTally, Predicted
 
 GIVEN = "from a table"
 """Initialisation of a model whose table does not tell it."""
@@ -263,11 +262,11 @@ def _seeds(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
     return {int(str(seed)): own for seed, own in table.groupby("seed")}
 
 
-def _member(table: pd.DataFrame, classes: Sequence[str]) -> tuple[Ladder, NDArray]:
+def _member(table: pd.DataFrame, classes: Sequence[str]) -> Predicted:
     """Units and probabilities of one seed."""
     table = table.drop(columns=["model", "initialisation", "seed"], errors="ignore").reset_index(drop=True)
     values = check_probabilities(table)
-    return Ladder(table.drop(columns=[PREFIX + name for name in classes]), classes), values
+    return Predicted(Ladder(table.drop(columns=[PREFIX + name for name in classes]), classes), values)
 
 
 def _entry(name: Name, model: ModelTally, own: pd.DataFrame, by: str, every: set[str]) -> dict[str, Any]:

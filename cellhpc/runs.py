@@ -21,7 +21,10 @@ from cellhpc import ledger
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Fold, Folds
 from cellhpc.levels import PREFIX, Ladder, sound
+from cellhpc.tally import UNKNOWN, Predicted
 
+PREDICTIONS, DRAWS = "predictions.parquet", "draws.parquet"
+"""What a run says of its held-out tiles; the same of each draw of dropout, where there are draws."""
 CURVES = ("tile", "field", "well", "treatment")
 """Levels of the learning curves."""
 
@@ -48,6 +51,8 @@ class FinishedRun:
         Images per second of each epoch but the first, float64.
     memory_mb, ranks
         Peak memory of rank 0; processes.
+    unknown
+        Label that its fold leaves out altogether; empty without.
     search
         How it chose its settings, if it did.
     """
@@ -66,6 +71,7 @@ class FinishedRun:
     speeds: NDArray
     memory_mb: float | None
     ranks: int
+    unknown: str
     search: dict[str, Any] | None
 
     @property
@@ -153,6 +159,7 @@ def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: Sequence[Ma
         speeds=np.array([epoch["images_per_s"] for epoch in epochs[1:] or epochs]),
         memory_mb=facts.get("memory_mb") or None,
         ranks=int(facts.get("ranks", 1)),
+        unknown=str(facts["fold"].get("unknown", "")),
         search=search,
     )
 
@@ -216,10 +223,11 @@ def _problems_between(runs: Sequence[FinishedRun]) -> list[str]:
     epochs: dict[tuple[str, str], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for value in run.held_out:
-            held_out[(*run.model, run.seed, value)].append(run.id)
+            # Where labels are left out, what is known is held out by several folds.
+            held_out[(*run.model, run.seed, value, run.fold if run.unknown else "")].append(run.id)
         if run.search is None:  # else epochs may have been what it chose
             epochs[run.model][len(run.curves)].append(run.id)
-    for (network, start, seed, value), ids in held_out.items():
+    for (network, start, seed, value, _), ids in held_out.items():
         if len(ids) > 1:
             problems.append(
                 f"{network}, {start}, seed {seed}: {value} is held out by {len(ids)} runs: {', '.join(ids)}"
@@ -250,14 +258,16 @@ class FoldReader:
         Its name.
     classes, folds
         What the runs were trained for.
+    unknown
+        Label that the fold leaves out altogether; empty without.
     """
 
-    def __init__(self, fold: str, classes: Sequence[str], folds: Folds) -> None:
-        self.fold, self.classes, self.folds = fold, classes, folds
+    def __init__(self, fold: str, classes: Sequence[str], folds: Folds, unknown: str = "") -> None:
+        self.fold, self.classes, self.folds, self.unknown = fold, classes, folds, unknown
         self._known: list[_Keys] = []
         self._columns = [PREFIX + name for name in classes]
 
-    def read(self, run: FinishedRun, problems: list[str]) -> tuple[Ladder, NDArray] | None:
+    def read(self, run: FinishedRun, problems: list[str]) -> Predicted | None:
         """Read the predictions of a run.
 
         Parameters
@@ -269,20 +279,19 @@ class FoldReader:
 
         Returns
         -------
-        tuple or None
-            The units of the tiles, and the tiles' probabilities, float64 (tiles, classes); None where something is
-            wrong.
+        Predicted or None
+            None where something is wrong.
         """
         try:
-            with pq.ParquetFile(run.folder / "predictions.parquet") as file:
+            with pq.ParquetFile(run.folder / PREDICTIONS) as file:
                 table = file.read(use_threads=False)
             found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
             wrong = list(problems_of_classes("predictions", found, self.classes))
             keys = None if wrong else self._keys_of(table)
             wrong += self._leaks(run, keys) if keys else []
             if keys and not wrong:
-                values = np.column_stack([table.column(name).to_numpy() for name in self._columns])
-                return keys.ladder, sound(values.astype(np.float64), keys.ladder.table)
+                values = sound(self._values_of(table), keys.ladder.table)
+                return Predicted(keys.ladder, values, self._draws_of(run, keys))
         except (OSError, ValueError, pa.ArrowException) as fault:
             wrong = [_unreadable(fault)]
         except DataError as fault:
@@ -290,12 +299,39 @@ class FoldReader:
         problems += [f"{run.id}: {line}" for line in wrong]
         return None
 
+    def _values_of(self, table: pa.Table) -> NDArray:
+        return np.column_stack([table.column(name).to_numpy() for name in self._columns]).astype(np.float64)
+
+    def _draws_of(self, run: FinishedRun, keys: _Keys) -> NDArray | None:
+        """Read the draws of dropout, one after the other, float64 (draws, tiles, classes); None where there are none.
+
+        Raises
+        ------
+        DataError
+            They are of other tiles than the predictions, or no probabilities.
+        """
+        if not (run.folder / DRAWS).exists():
+            return None
+        with pq.ParquetFile(run.folder / DRAWS) as file:
+            table = file.read(use_threads=False)
+        draws, rest = divmod(len(table), len(keys.arrow))
+        same = not rest and {*keys.arrow.column_names, *self._columns} <= set(table.column_names)
+        own = table.select(keys.arrow.column_names) if same else table
+        if not same or any(
+            not own.slice(n * len(keys.arrow), len(keys.arrow)).equals(keys.arrow) for n in range(draws)
+        ):
+            raise DataError(f"{DRAWS} holds other tiles than {PREDICTIONS}.")
+        parts = self._values_of(table).reshape(draws, len(keys.arrow), -1)
+        return np.stack([sound(part, keys.ladder.table) for part in parts])
+
     def _keys_of(self, table: pa.Table) -> _Keys:
         own = table.select([name for name in table.column_names if not name.startswith(PREFIX)])
         for keys in self._known:
             if own.equals(keys.arrow):
                 return keys
         frame = own.to_pandas().assign(fold=self.fold)
+        if self.unknown:
+            frame[UNKNOWN] = frame["label"] == self.unknown
         by, also = (
             frozenset(frame[name].astype(str)) if name in frame else frozenset()
             for name in (self.folds.by, self.folds.also)

@@ -2,11 +2,16 @@
 
 A fold is added with the probabilities of every seed, and forgotten: what stays are counts of each level and compound,
 and the tables of treatments and compounds. So thousands of runs take no more memory than a few.
+
+Rows whose column `unknown` is true are of a label that the networks of their fold never trained on. They can't be
+right, and count for nothing here: what they are good for is to ask how uncertain the networks are about them.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,29 @@ KEPT = ("treatment", "compound")
 """Levels whose tables are kept."""
 
 
+UNKNOWN = "unknown"
+"""Column that marks rows of a label that was never trained on."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What one seed predicts of a fold.
+
+    Attributes
+    ----------
+    ladder
+        The units of its rows.
+    values
+        Probabilities, float64 (rows, classes).
+    draws
+        Those of each draw of dropout, float64 (draws, rows, classes); none without.
+    """
+
+    ladder: Ladder
+    values: NDArray
+    draws: NDArray | None = None
+
+
 class Tally:
     """Right units of each level and compound, counted fold by fold."""
 
@@ -30,14 +58,17 @@ class Tally:
     def add(self, ladder: Ladder, climbed: Mapping[str, Scored]) -> None:
         """Count the units of a fold, as `Ladder.climb` scored them."""
         codes, names = ladder.compounds
+        scorable = ~ladder.table[UNKNOWN].to_numpy() if UNKNOWN in ladder.table else np.ones(len(codes), bool)
         for level, scored in climbed.items():
             first = ladder.units[level].first
-            rank, own = scored.rank(ladder.truth[first]), codes[first]
-            counts = [np.bincount(own[kept], minlength=len(names)) for kept in (rank == 0, rank < 2, rank >= 0)]
+            rank, own, asked = scored.rank(ladder.truth[first]), codes[first], scorable[first]
+            sets = (asked & (rank == 0), asked & (rank < 2), asked)
+            counts = [np.bincount(own[kept], minlength=len(names)).tolist() for kept in sets]
             known = self._counts.setdefault(level, {})
-            for name, *new in zip(names, *(count.tolist() for count in counts), strict=True):
-                before = known.get(name, (0, 0, 0))
-                known[name] = [one + other for one, other in zip(before, new, strict=True)]
+            for name, *new in zip(names, *counts, strict=True):
+                if new[-1]:
+                    before = known.get(name, (0, 0, 0))
+                    known[name] = [one + other for one, other in zip(before, new, strict=True)]
             self._added[level] = self._added.get(level, 0) + 1
 
     def levels(self) -> dict[str, dict[str, Any]]:
@@ -72,15 +103,16 @@ class ModelTally:
         self.seeds: dict[int, Tally] = {}
         self._whole = Tally()
         self._kept: dict[str, list[pd.DataFrame]] = {level: [] for level in KEPT}
-        self._members: list[tuple[int, list[tuple[Any, ...]], NDArray]] = []
+        self._members: dict[tuple[int, int], list[tuple[list[tuple[Any, ...]], NDArray]]] = defaultdict(list)
+        self._drawn = False
 
-    def add(self, members: Mapping[int, tuple[Ladder, NDArray]]) -> tuple[Ladder, dict[str, Scored]]:
+    def add(self, members: Mapping[int, Predicted]) -> tuple[Ladder, dict[str, Scored]]:
         """Add a fold.
 
         Parameters
         ----------
         members
-            For each seed the units of the fold, and the probabilities of its rows, float64 (rows, classes).
+            What each seed predicts of the fold.
 
         Returns
         -------
@@ -88,11 +120,15 @@ class ModelTally:
             The units of the ensemble of the seeds (mean probability of each row), and what is scored of each level.
         """
         climbed = {}
-        for seed, (ladder, values) in members.items():
-            climbed[seed] = ladder.climb(values, self.how)
+        for seed, one in members.items():
+            ladder = one.ladder
+            climbed[seed] = ladder.climb(one.values, self.how)
             self.seeds.setdefault(seed, Tally()).add(ladder, climbed[seed])
             names = _names(ladder.table.iloc[ladder.units["treatment"].first])
-            self._members.append((seed, names, climbed[seed]["treatment"].probabilities.astype(np.float32)))
+            kept = [climbed[seed]] if one.draws is None else [ladder.climb(draw, self.how) for draw in one.draws]
+            self._drawn |= one.draws is not None
+            for draw, of_draw in enumerate(kept):
+                self._members[seed, draw].append((names, of_draw["treatment"].probabilities.astype(np.float32)))
         ladder, values = self._ensemble(list(members.values()))
         whole = next(iter(climbed.values())) if len(members) == 1 else ladder.climb(values, self.how)
         self._whole.add(ladder, whole)
@@ -100,12 +136,12 @@ class ModelTally:
             self._kept[level].append(unit_table(ladder, level, whole[level]))
         return ladder, whole
 
-    def _ensemble(self, members: Sequence[tuple[Ladder, NDArray]]) -> tuple[Ladder, NDArray]:
-        first = members[0][0]
-        if all(ladder is first for ladder, _ in members):
-            return first, np.mean([values for _, values in members], axis=0)
+    def _ensemble(self, members: Sequence[Predicted]) -> tuple[Ladder, NDArray]:
+        first = members[0].ladder
+        if all(one.ladder is first for one in members):
+            return first, np.mean([one.values for one in members], axis=0)
         columns = [PREFIX + name for name in self.classes]
-        tables = [pd.concat([own.table, pd.DataFrame(values, columns=columns)], axis=1) for own, values in members]
+        tables = [pd.concat([one.ladder.table, pd.DataFrame(one.values, columns=columns)], axis=1) for one in members]
         averaged = average_tables(tables)
         return Ladder(averaged.drop(columns=columns), self.classes), check_probabilities(averaged)
 
@@ -114,23 +150,40 @@ class ModelTally:
         """Table of the compounds of all folds; None where a fold has no such level."""
         if "compound" not in self._whole.levels():
             return None
-        return in_order(pd.concat(self._kept["compound"], ignore_index=True), "compound").reset_index(drop=True)
+        table = pd.concat(self._kept["compound"], ignore_index=True)
+        return _scorable(in_order(table, "compound").reset_index(drop=True))
+
+    @property
+    def asked(self) -> pd.DataFrame:
+        """Table of the treatments of all folds, those of unknown labels too."""
+        return in_order(pd.concat(self._kept["treatment"], ignore_index=True), "treatment").reset_index(drop=True)
 
     @property
     def treatments(self) -> pd.DataFrame:
-        """Table of the treatments of all folds."""
-        return in_order(pd.concat(self._kept["treatment"], ignore_index=True), "treatment").reset_index(drop=True)
+        """Table of the treatments of all folds that are scored."""
+        return _scorable(self.asked)
+
+    @property
+    def kind(self) -> str:
+        """What a member is, in words."""
+        if not self._drawn:
+            return "seeds"
+        return "seeds and dropout draws" if len(self.seeds) > 1 else "dropout draws"
 
     def members(self) -> NDArray:
-        """Give the probabilities of each seed, float32 (seeds, treatments, classes); NaN where a seed lacks a fold.
+        """Give the probabilities of each member; NaN where it lacks a fold.
 
-        Seeds are in ascending order, treatments in that of `treatments`.
+        Returns
+        -------
+        ndarray
+            float32 (members, treatments, classes). A member is a seed, or a draw of dropout of a seed where there are
+            draws; they are in ascending order, treatments in that of `asked`.
         """
-        row = {name: number for number, name in enumerate(_names(self.treatments))}
-        at = {seed: number for number, seed in enumerate(sorted(self.seeds))}
-        found = np.full((len(at), len(row), len(self.classes)), np.nan, np.float32)
-        for seed, names, values in self._members:
-            found[at[seed], [row[name] for name in names]] = values
+        row = {name: number for number, name in enumerate(_names(self.asked))}
+        found = np.full((len(self._members), len(row), len(self.classes)), np.nan, np.float32)
+        for number, member in enumerate(sorted(self._members)):
+            for names, values in self._members[member]:
+                found[number, [row[name] for name in names]] = values
         return found
 
     def document(self) -> dict[str, Any]:
@@ -161,6 +214,10 @@ class ModelTally:
                 for row in wrong.to_dict("records")
             ],
         }
+
+
+def _scorable(table: pd.DataFrame) -> pd.DataFrame:
+    return table[~table[UNKNOWN].astype(bool)].reset_index(drop=True) if UNKNOWN in table else table
 
 
 def _names(table: pd.DataFrame) -> list[tuple[Any, ...]]:

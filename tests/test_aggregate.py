@@ -17,8 +17,8 @@ from cellhpc import ledger, scores
 from cellhpc.aggregate import aggregate
 from cellhpc.attempts import Attempt, finished
 from cellhpc.errors import DataError
-from cellhpc.folds import read_folds, write_folds
-from tests.made_up import CLASSES, COMPOUNDS, make_study, predictions
+from cellhpc.folds import Fold, Folds, read_folds, write_folds
+from tests.made_up import CLASSES, COMPOUNDS, make_run, make_study, predictions
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +358,59 @@ def test_missing_folds_are_in_the_headline(study: Path) -> None:
     assert "5 of 7 folds, without AZ-A, PP-2" in imagenet
     assert "folds" not in xavier
     assert first in (study / "results" / "report.html").read_text()
+
+
+class TestUnknownLabels:
+    """Folds that leave out a label altogether, and one known compound beside it."""
+
+    @pytest.fixture
+    def left_out(self, tmp_path: Path) -> Path:
+        study = tmp_path / "left-out"
+        labels = {name: (label,) for name, label in COMPOUNDS.items()}
+        beside = {"Actin disruptors": "cisplatin", "DNA damage": "PP-2", "Epithelial": "cisplatin"}
+        names = {label: [name for name, own in COMPOUNDS.items() if own == label] for label in CLASSES}
+        made = tuple(Fold(label, tuple(sorted([*names[label], beside[label]]))) for label in CLASSES)
+        folds = Folds("compound", CLASSES, labels, (), made)
+        write_folds(study / "folds.json", folds)
+        table = predictions(seed=5)
+        for number, fold in enumerate(made):
+            unit = study / "runs" / f"ResNet50_imagenet_s0_f{number:02d}"
+            own = table[table["compound"].isin(fold.held_out)].reset_index(drop=True)
+            make_run(unit, own, "ResNet50", "imagenet", 0, fold, folds, 3)
+            change(unit, fold={"name": fold.name, "held_out": list(fold.held_out), "unknown": fold.name})
+        return study
+
+    def test_only_known_ones_are_scored_once_for_each_fold(self, left_out: Path) -> None:
+        document = again(left_out)
+        (model,) = document["models"]
+        known = scores.combine(predictions(seed=5))["treatment"]
+        right = known.groupby("compound")["correct"].sum()
+        at = model["levels"]["treatment"]
+        assert (at["correct"], at["total"]) == (2 * right["cisplatin"] + right["PP-2"], 6)
+        assert [row["label"] for row in model["by_label"]] == ["DNA damage", "Epithelial"]
+        assert document["cautions"][0].startswith("Each fold leaves a label out altogether.")
+        assert document["baselines"]["majority"] is None
+        assert set(pd.read_csv(left_out / "results" / "compounds.csv")["compound"]) == {"cisplatin", "PP-2"}
+
+    def test_a_fold_that_was_trained_twice_is_refused(self, left_out: Path) -> None:
+        first = units(left_out)[0]
+        shutil.copytree(first, first.with_name("copy"))
+        with pytest.raises(DataError, match=r"cisplatin is held out by 2 runs: .*copy"):
+            again(left_out)
+
+
+def test_draws_of_dropout_must_be_of_the_same_tiles(study: Path) -> None:
+    """Draws change no score: they are members, whose tables the uncertainty is made from."""
+    before = again(study)
+    for unit in units(study):
+        table = pd.read_parquet(outputs(unit) / "predictions.parquet")
+        draws = pd.concat([table.assign(draw=draw) for draw in range(3)], ignore_index=True)
+        ledger.write_table(outputs(unit) / "draws.parquet", draws)
+    assert again(study)["models"] == before["models"]
+    path = outputs(units(study)[0]) / "draws.parquet"
+    ledger.write_table(path, pd.read_parquet(path).iloc[:-1])
+    with pytest.raises(DataError, match=r"f00: draws.parquet holds other tiles than predictions.parquet"):
+        again(study)
 
 
 def test_models_are_compared_over_compounds(made: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cellhpc import scores
 from cellhpc.levels import PREFIX, Ladder, average_tables, check_probabilities, combine
-from cellhpc.tally import ModelTally
+from cellhpc.tally import ModelTally, Predicted
 from tests.made_up import CLASSES, predictions
 
 COLUMNS = [PREFIX + name for name in CLASSES]
@@ -25,7 +25,7 @@ def fold_by_fold(tables: dict[int, pd.DataFrame], how: scores.How = "mean") -> M
             if len(own):
                 keys = own.drop(columns=COLUMNS)
                 ladder = known.setdefault(keys.to_csv(), Ladder(keys, CLASSES))
-                members[seed] = (ladder, check_probabilities(own))
+                members[seed] = Predicted(ladder, check_probabilities(own))
         model.add(members)
     return model
 
@@ -63,3 +63,29 @@ def test_members_are_the_seeds_in_the_order_of_the_treatments() -> None:
         np.testing.assert_allclose(members[number][there], own[there], atol=1e-6)
     assert np.isnan(members[0][(treatments["compound"] == "PP-2").to_numpy()]).all()
     assert model.document()["spread"] is None  # one of the two seeds lacks a fold
+
+
+def test_draws_of_dropout_are_members_in_place_of_their_seed() -> None:
+    tables = [predictions(seed=seed) for seed in range(4)]
+    keys = tables[0].drop(columns=COLUMNS)
+    ladder = Ladder(keys, CLASSES)
+    values = [check_probabilities(table) for table in tables]
+    model = ModelTally(CLASSES, "mean")
+    model.add({7: Predicted(ladder, values[0], np.stack(values[1:]))})
+    members = model.members()
+    assert (model.kind, len(members)) == ("dropout draws", 3)
+    for member, table in zip(members, tables[1:], strict=True):
+        np.testing.assert_allclose(member, combine(table)["treatment"][COLUMNS], atol=1e-6)
+    assert model.document()["levels"] == scores.score(combine(tables[0]))
+
+
+def test_rows_of_an_unknown_label_count_for_nothing() -> None:
+    table = predictions()
+    keys = table.drop(columns=COLUMNS)
+    ladder = Ladder(keys.assign(unknown=keys["label"] == "Epithelial"), CLASSES)
+    model = ModelTally(CLASSES, "mean")
+    model.add({0: Predicted(ladder, check_probabilities(table))})
+    known = table[table["label"] != "Epithelial"]
+    assert model.document()["levels"] == scores.score(combine(known))
+    assert len(model.asked) == model.members().shape[1] == len(model.treatments) + 4
+    assert set(model.asked.loc[model.asked["unknown"], "label"]) == {"Epithelial"}
