@@ -187,7 +187,7 @@ def aggregate(
         "schema": SCHEMA,
         "study": job_name,
         "complete": not missing,
-        "headline": incomplete + headline(entries) + cautions,
+        "headline": incomplete + headline(entries, folds.by) + cautions,
         "cautions": cautions,
         "combine": how,
         "classes": list(classes),
@@ -314,16 +314,23 @@ def _cost(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     }
 
 
-def headline(models: Sequence[dict[str, Any]]) -> list[str]:
-    """Say the accuracy of each model in one sentence, and which folds it lacks."""
+def headline(models: Sequence[dict[str, Any]], by: str) -> list[str]:
+    """Say the accuracy of each model in one sentence, and which folds it lacks.
+
+    Where something else than compounds is held out, as a cell line, wells are what is asked: they are told first.
+    """
     sentences = []
     for model in models:
-        at = model["levels"]["treatment"]
-        low, high = at["wilson95"]
-        sentence = (
-            f"{model['network']}, {model['initialisation']}: {at['correct']} of {at['total']} treatments, "
-            f"{100 * at['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}; {model['levels_of']})"
-        )
+        told = ["treatment"] if by in ("compound", "fold") or "well" not in model["levels"] else ["well", "treatment"]
+        counted = []
+        for level in told:
+            at = model["levels"][level]
+            low, high = at["wilson95"]
+            counted.append(
+                f"{at['correct']} of {at['total']} {level}s, {100 * at['accuracy']:.1f} % "
+                f"(95 % interval {100 * low:.1f} to {100 * high:.1f}"
+            )
+        sentence = f"{model['network']}, {model['initialisation']}: {'); '.join(counted)}; {model['levels_of']})"
         for seed, entry in model["by_seed"].items():
             folds = entry["folds"]
             if folds["missing"]:

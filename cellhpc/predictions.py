@@ -158,7 +158,7 @@ def score_predictions(
         "schema": SCHEMA,
         "study": path.stem,
         "complete": not missing,
-        "headline": lacking + headline(entries) + cautions,
+        "headline": lacking + headline(entries, by) + cautions,
         "cautions": cautions,
         "combine": how,
         "classes": found,

@@ -337,5 +337,8 @@ def test_a_cell_line_can_be_held_out_as_in_bbbc014(tmp_path: Path, cellhpc: Cell
     assert done.returncode == 0, done.stderr
     scores = read_json(tmp_path / "study" / "results" / "scores.json")
     assert scores["runs"]["done"] == 2
-    assert scores["models"][0]["levels"]["well"]["total"] == 64  # columns 5 to 8 of the 96 wells carry no label
+    at = scores["models"][0]["levels"]["well"]
+    assert f": {at['correct']} of 64 wells, " in scores["headline"][0]
+    assert list(scores["models"][0]["levels"]) == ["tile", "field", "well", "treatment"]  # one compound, two labels
+    assert at["total"] == 64  # columns 5 to 8 of the 96 wells carry no label
     assert not [sentence for sentence in scores["headline"] if "leak" in sentence]
