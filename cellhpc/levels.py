@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
@@ -203,6 +203,11 @@ class Ladder:
             self._described[level] = table.reset_index(drop=True), table.index.to_numpy()
         return self._described[level]
 
+    @cached_property
+    def treatments(self) -> list[tuple[Any, ...]]:
+        """What tells the treatments apart, in the order of the units."""
+        return names_of(self.table.iloc[self.units["treatment"].first])
+
     def climb(self, probabilities: NDArray, how: How = "mean") -> dict[str, Scored]:
         """Combine probabilities of the rows to those of the units of each level.
 
@@ -315,12 +320,32 @@ def unit_table(ladder: Ladder, level: str, scored: Scored) -> pd.DataFrame:
         (whether the true label is one of the first two), and the probabilities `p_<class>` (float64, rows sum to one).
         Treatments and compounds are sorted by label, compound and concentration, the others by their keys.
     """
+    return called_table([called_units(ladder, level, scored)], ladder.classes)
+
+
+Called: TypeAlias = tuple[pd.DataFrame, NDArray, NDArray, NDArray]
+"""Of the units of a level: what describes them, number of the call, rank of the true label, probabilities."""
+
+
+def called_units(ladder: Ladder, level: str, scored: Scored) -> Called:
+    """Give the parts of the table of one level; parameters as of `unit_table`."""
     described, order = ladder.describe(level)
-    rank = scored.rank(ladder.truth[ladder.units[level].first])[order]
-    calls = np.array(ladder.classes, dtype=object)[scored.calls()[order]]
-    called = pd.DataFrame({"call": calls, "correct": rank == 0, "top2": rank < 2})
-    columns = [PREFIX + name for name in ladder.classes]
-    return pd.concat([described, called, pd.DataFrame(scored.probabilities[order], columns=columns)], axis=1)
+    rank = scored.rank(ladder.truth[ladder.units[level].first])
+    return described, scored.calls()[order], rank[order], scored.probabilities[order]
+
+
+def called_table(parts: Sequence[Called], classes: Sequence[str]) -> pd.DataFrame:
+    """Make one table of parts, one below the other: the columns are those of `unit_table`."""
+    described, calls, ranks, probabilities = zip(*parts, strict=True)
+    rank = np.concatenate(ranks)
+    called = {"call": np.array(classes, dtype=object)[np.concatenate(calls)], "correct": rank == 0, "top2": rank < 2}
+    values = pd.DataFrame(np.concatenate(probabilities), columns=[PREFIX + name for name in classes])
+    return pd.concat([pd.concat(described, ignore_index=True), pd.DataFrame(called), values], axis=1)
+
+
+def names_of(treatments: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """Give what tells the treatments of a table apart: fold (where there is one) and treatment."""
+    return list(zip(*(treatments[name] for name in KEYS["treatment"] if name in treatments), strict=True))
 
 
 def in_order(table: pd.DataFrame, level: str) -> pd.DataFrame:

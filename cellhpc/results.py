@@ -12,7 +12,7 @@ import pandas as pd
 
 from cellhpc import figures, ledger
 from cellhpc.errors import DataError
-from cellhpc.levels import PREFIX, Ladder, Scored
+from cellhpc.levels import PREFIX, Ladder, Scored, called_units
 from cellhpc.montage import montage
 from cellhpc.outliers import outliers
 from cellhpc.report import render_report
@@ -55,19 +55,15 @@ class GrowingTables:
         if self._described[0] is not ladder:
             self._described = (ladder, {})
         for level in GROWING.keys() & climbed.keys():
-            described, order = ladder.describe(level)
-            scored = climbed[level]
+            described, calls, rank, probabilities = called_units(ladder, level, climbed[level])
             writer, columns = self._open.get(level) or self._begin(level, described, ladder.classes)
             if level not in self._described[1]:
                 rows = described.reindex(columns=columns).astype(object)
                 self._described[1][level] = rows.where(rows.notna(), "").to_numpy().tolist()
-            rank = scored.rank(ladder.truth[ladder.units[level].first])[order]
-            parts = (scored.calls()[order], rank == 0, rank < 2, scored.probabilities[order])
+            parts = (part.tolist() for part in (calls, rank == 0, rank < 2, probabilities))
             writer.writerows(
-                (*model, *units, ladder.classes[call], right, near, *probabilities)
-                for units, call, right, near, probabilities in zip(
-                    self._described[1][level], *(part.tolist() for part in parts), strict=True
-                )
+                (*model, *units, ladder.classes[call], right, near, *values)
+                for units, call, right, near, values in zip(self._described[1][level], *parts, strict=True)
             )
 
     def _begin(self, level: str, described: pd.DataFrame, classes: Sequence[str]) -> tuple[Any, list[str]]:

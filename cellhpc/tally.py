@@ -19,7 +19,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cellhpc import scores
-from cellhpc.levels import KEYS, PREFIX, How, Ladder, Scored, average_tables, check_probabilities, in_order, unit_table
+from cellhpc.levels import (
+    PREFIX,
+    Called,
+    How,
+    Ladder,
+    Scored,
+    average_tables,
+    called_table,
+    called_units,
+    check_probabilities,
+    in_order,
+    names_of,
+)
 
 KEPT = ("treatment", "compound")
 """Levels whose tables are kept."""
@@ -102,7 +114,7 @@ class ModelTally:
         self.classes, self.how = tuple(classes), how
         self.seeds: dict[int, Tally] = {}
         self._whole = Tally()
-        self._kept: dict[str, list[pd.DataFrame]] = {level: [] for level in KEPT}
+        self._kept: dict[str, list[Called]] = {level: [] for level in KEPT}
         self._members: dict[tuple[int, int], list[tuple[list[tuple[Any, ...]], NDArray]]] = defaultdict(list)
         self._drawn = False
 
@@ -124,16 +136,17 @@ class ModelTally:
             ladder = one.ladder
             climbed[seed] = ladder.climb(one.values, self.how)
             self.seeds.setdefault(seed, Tally()).add(ladder, climbed[seed])
-            names = _names(ladder.table.iloc[ladder.units["treatment"].first])
             kept = [climbed[seed]] if one.draws is None else [ladder.climb(draw, self.how) for draw in one.draws]
             self._drawn |= one.draws is not None
             for draw, of_draw in enumerate(kept):
-                self._members[seed, draw].append((names, of_draw["treatment"].probabilities.astype(np.float32)))
+                self._members[seed, draw].append(
+                    (ladder.treatments, of_draw["treatment"].probabilities.astype(np.float32))
+                )
         ladder, values = self._ensemble(list(members.values()))
         whole = next(iter(climbed.values())) if len(members) == 1 else ladder.climb(values, self.how)
         self._whole.add(ladder, whole)
         for level in whole.keys() & self._kept.keys():
-            self._kept[level].append(unit_table(ladder, level, whole[level]))
+            self._kept[level].append(called_units(ladder, level, whole[level]))
         return ladder, whole
 
     def _ensemble(self, members: Sequence[Predicted]) -> tuple[Ladder, NDArray]:
@@ -150,13 +163,13 @@ class ModelTally:
         """Table of the compounds of all folds; None where a fold has no such level."""
         if "compound" not in self._whole.levels():
             return None
-        table = pd.concat(self._kept["compound"], ignore_index=True)
+        table = called_table(self._kept["compound"], self.classes)
         return _scorable(in_order(table, "compound").reset_index(drop=True))
 
     @property
     def asked(self) -> pd.DataFrame:
         """Table of the treatments of all folds, those of unknown labels too."""
-        return in_order(pd.concat(self._kept["treatment"], ignore_index=True), "treatment").reset_index(drop=True)
+        return in_order(called_table(self._kept["treatment"], self.classes), "treatment").reset_index(drop=True)
 
     @property
     def treatments(self) -> pd.DataFrame:
@@ -179,7 +192,7 @@ class ModelTally:
             float32 (members, treatments, classes). A member is a seed, or a draw of dropout of a seed where there are
             draws; they are in ascending order, treatments in that of `asked`.
         """
-        row = {name: number for number, name in enumerate(_names(self.asked))}
+        row = {name: number for number, name in enumerate(names_of(self.asked))}
         found = np.full((len(self._members), len(row), len(self.classes)), np.nan, np.float32)
         for number, member in enumerate(sorted(self._members)):
             for names, values in self._members[member]:
@@ -218,8 +231,3 @@ class ModelTally:
 
 def _scorable(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table[UNKNOWN].astype(bool)].reset_index(drop=True) if UNKNOWN in table else table
-
-
-def _names(table: pd.DataFrame) -> list[tuple[Any, ...]]:
-    """Give what tells the treatments of a table apart."""
-    return list(zip(*(table[name] for name in KEYS["treatment"] if name in table), strict=True))
