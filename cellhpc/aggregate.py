@@ -34,6 +34,8 @@
     comparisons[]                 of models that differ in one thing alone, over compounds (`cellhpc.compare`)
       a, b, units, compounds, treatments, a_only, b_only, both, neither
       difference, bootstrap95, p_value, test, mcnemar_p
+    ensembles[]                   of all networks from one initialisation: mean probability of each treatment
+      name, networks, initialisation, treatment.{correct, ...}, wrong[]
     search[]                      with a `[search]`: what each run chose, and on what
       network, initialisation, seed, fold, values                           `values` as in `[search]`
       log_probability, fields.{correct, total}, inner, diverged             of inner compounds; candidates that diverged
@@ -63,7 +65,7 @@ import pandas as pd
 from cellhpc import figures, ledger, scores
 from cellhpc.attempts import finished
 from cellhpc.baselines import feature_baselines, feature_digests, intensity_baselines
-from cellhpc.compare import comparisons
+from cellhpc.compare import comparisons, ensembles
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
 from cellhpc.outliers import summary
@@ -183,6 +185,7 @@ def aggregate(
     baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
     if store and not unknown:
         baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
+    treatments_of = {name: model.treatments for name, model in models.items()}
     document = {
         "schema": SCHEMA,
         "study": job_name,
@@ -198,7 +201,8 @@ def aggregate(
         },
         "runs": {"done": len(outputs), "expected": len(units), "missing": missing},
         "models": entries,
-        "comparisons": comparisons({name: model.treatments for name, model in models.items()}),
+        "comparisons": comparisons(treatments_of),
+        "ensembles": ensembles(treatments_of),
         **_searched(runs),
         "baselines": baselines,
         "conversion": dict(conversion or {}),

@@ -1,4 +1,4 @@
-"""Is one model better than another? A paired comparison over compounds.
+"""Is one model better than another? A paired comparison over compounds; and ensembles of networks.
 
 Both models are asked about the same treatments. The treatments of one compound are right or wrong together, so that the
 compound is what a test may exchange: under the null hypothesis that the models are equally good, the difference of
@@ -20,9 +20,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from cellhpc.scores import draws, percentiles95
+from cellhpc.levels import KEYS, average_tables, combine
+from cellhpc.scores import draws, percentiles95, score
 
 TEST = "exact sign-flip permutation test over compounds, two-sided"
+_OF_CALLS = ["tiles", "call", "correct", "top2"]
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any] | None:
@@ -109,6 +111,39 @@ def comparisons(models: Mapping[tuple[str, str], pd.DataFrame]) -> list[dict[str
         if sum(mine != theirs for mine, theirs in zip(one, other, strict=True)) == 1:
             result = compare(first, second)
             found += [{"a": _name(one), "b": _name(other), **result}] if result else []
+    return found
+
+
+def ensembles(models: Mapping[tuple[str, str], pd.DataFrame]) -> list[dict[str, Any]]:
+    """Score the mean of all networks that start from the same weights: the mean probability of each treatment.
+
+    Parameters
+    ----------
+    models
+        Treatments of each model, by network and initialisation.
+
+    Returns
+    -------
+    list
+        For each initialisation of two networks or more: `name`, `networks`, `initialisation`, `treatment` as
+        `scores.entry` gives it, and `wrong`, the names of the treatments that are wrong. Treatments that a network was
+        not asked are left out.
+    """
+    found = []
+    for start in dict.fromkeys(start for _, start in models):
+        tables = {network: table for (network, own), table in models.items() if own == start}
+        if len(tables) < 2:
+            continue
+        keys = [name for name in KEYS["treatment"] if all(name in table for table in tables.values())]
+        counts = pd.concat([table[keys] for table in tables.values()]).value_counts()
+        common = counts[counts == len(tables)].reset_index()[keys]
+        if len(common):
+            asked = [common.merge(table.drop(columns=_OF_CALLS), on=keys) for table in tables.values()]
+            treatments = combine(average_tables(asked))["treatment"]
+            about = {"networks": list(tables), "initialisation": start}
+            wrong = treatments.loc[~treatments["correct"], "treatment"].tolist()
+            of = score({"treatment": treatments})
+            found.append({"name": f"mean of {len(tables)} networks, {start}", **about, **of, "wrong": wrong})
     return found
 
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from cellhpc import figures, ledger, scores
 from cellhpc.aggregate import SCHEMA, caution_of_shared, headline, slug
-from cellhpc.compare import comparisons
+from cellhpc.compare import comparisons, ensembles
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.levels import PREFIX, How, Ladder, check_probabilities
 from cellhpc.results import GROWING, GrowingTables, Name, write_results
@@ -151,9 +151,10 @@ def score_predictions(
     described = [name for name in ("fold", "treatment", "compound", "label", "batch") if name in treatments]
     treatments = treatments[described].drop_duplicates()
     cautions = ["The predictions were given: what was trained on is not known here, and a leak can't be seen."]
-    cautions += caution_of_shared(treatments, "fold") if by == "fold" else []
+    cautions += _cautions_of_folds(table, treatments) if by == "fold" else []
     missing = sorted({name for entry in entries for of in entry["by_seed"].values() for name in of["folds"]["missing"]})
     lacking = [f"Incomplete: {by} {listing(missing, 6)} not predicted by every model and seed."] if missing else []
+    treatments_of = {name: model.treatments for name, model in models.items()}
     document = {
         "schema": SCHEMA,
         "study": path.stem,
@@ -167,7 +168,8 @@ def score_predictions(
         "runs": {"done": 0, "expected": 0, "missing": []},
         "table": {**about, "level": next(iter(ladder.units))},
         "models": entries,
-        "comparisons": comparisons({name: model.treatments for name, model in models.items()}),
+        "comparisons": comparisons(treatments_of),
+        "ensembles": ensembles(treatments_of),
         "baselines": scores.baselines(treatments, found),
         "conversion": {},
         "quality": {},
@@ -212,7 +214,8 @@ def _require_columns(path: Path, table: pd.DataFrame, raw: pd.DataFrame) -> None
             [f"no column {name}" for name in missing],
             f"Found: {listing(raw.columns, 30)}. Say what is called otherwise, as --label-column NAME.",
         )
-    for name in {"compound", "label", "treatment", "concentration", "well"} & set(table):
+    always = ("compound", "label", "treatment", "concentration", "well", "fold", "model", "initialisation")
+    for name in (name for name in always if name in table):
         if (gaps := table[name].isna()).any():
             lines = [f"line {row + 2}" for row in np.flatnonzero(gaps)]
             raise DataError(f"{path}: {len(lines)} of {len(table)} rows have no {name}.", lines)
@@ -284,6 +287,17 @@ def _entry(name: Name, model: ModelTally, own: pd.DataFrame, by: str, every: set
     network, start = name
     whose = {"network": network, "initialisation": start, "weights": "", "slug": slug(network, start)}
     return {**whose, **found, "curves": {}, "cost": None}
+
+
+def _cautions_of_folds(table: pd.DataFrame, treatments: pd.DataFrame) -> list[str]:
+    """Say so where a compound is on both sides of a split, and where models or seeds were split differently."""
+    whose = [name for name in ("model", "initialisation", "seed") if name in table]
+    splits = table.groupby([*whose, "compound"])["fold"].unique().map(frozenset)
+    if (splits.groupby("compound").nunique() > 1).any():
+        different = splits.groupby("compound").nunique()
+        names = listing(different.index[different > 1], 6)
+        return [f"Models or seeds were split differently; not in the same folds of all: {names}."]
+    return caution_of_shared(treatments, "fold")
 
 
 def _require_free(folder: Path) -> None:

@@ -45,6 +45,8 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
             for level in ("well", "field", "tile")
         ]
         table.add_row(name, *_counted(levels["treatment"]), *rest)
+    for row in scores["ensembles"]:
+        table.add_row(row["name"], *_counted(row["treatment"]), "", "", "")
     table.add_section()
     for row in scores["baselines"]["table"]:
         table.add_row(row["words"], *_counted(row), "", "", "", style="dim")

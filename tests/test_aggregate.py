@@ -425,6 +425,24 @@ def test_models_are_compared_over_compounds(made: Path) -> None:
     assert [table.loc[0, "bootstrap95_low"], table.loc[0, "bootstrap95_high"]] == pair["bootstrap95"]
 
 
+def test_networks_are_compared_and_averaged(tmp_path: Path) -> None:
+    runs = make_study(tmp_path, networks=("ResNet50", "Net(alpha=0.5, depth=2)"))
+    document = aggregate(tmp_path, "two", runs, CLASSES)
+    schema = json.loads(resources.files("cellhpc").joinpath("scores.schema.json").read_text())
+    assert violations(ledger.read_json(tmp_path / "results" / "scores.json"), schema, schema) == []
+    assert len(document["comparisons"]) == 4
+    assert [row["name"] for row in document["ensembles"]] == [
+        "mean of 2 networks, imagenet",
+        "mean of 2 networks, xavier",
+    ]
+    page = (tmp_path / "results" / "report.html").read_text()
+    at = document["ensembles"][1]["treatment"]
+    assert "Mean of 2 networks, xavier" in page
+    assert f"{at['correct']}/{at['total']}, {100 * at['accuracy']:.1f} %" in page
+    wells = pd.read_csv(tmp_path / "results" / "wells.csv")
+    assert set(wells["network"]) == {"ResNet50", "Net(alpha=0.5, depth=2)"}
+
+
 def test_compounds_and_labels_have_tables(made: Path) -> None:
     compounds = pd.read_csv(made / "results" / "compounds.csv")
     treatments = pd.read_csv(made / "results" / "treatments.csv")

@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 
-from cellhpc.compare import compare, comparisons, sign_flip_p
+from cellhpc.compare import compare, comparisons, ensembles, sign_flip_p
 from cellhpc.levels import combine
-from tests.made_up import predictions
+from tests.made_up import CLASSES, predictions
 
 
 def treatments(right: dict[str, list[bool]]) -> pd.DataFrame:
@@ -92,3 +92,17 @@ def test_pairs_differ_in_one_thing_alone() -> None:
         ("A, imagenet", "B, imagenet"),
         ("A, xavier", "B, xavier"),
     }
+
+
+def test_an_ensemble_of_networks_is_the_mean_of_their_treatments() -> None:
+    tables = {name: combine(predictions(seed=seed))["treatment"] for seed, name in enumerate("ABC")}
+    tables["C"] = tables["C"][tables["C"]["compound"] != "PP-2"]
+    models = {(name, "imagenet"): table for name, table in tables.items()} | {("A", "xavier"): tables["A"]}
+    (found,) = ensembles(models)
+    assert (found["name"], found["networks"]) == ("mean of 3 networks, imagenet", ["A", "B", "C"])
+    columns = [f"p_{name}" for name in CLASSES]
+    stacked = pd.concat(table for table in tables.values()).groupby(["treatment", "label"])[columns]
+    mean = stacked.mean()[stacked.size() == 3]
+    right = mean.idxmax(axis=1).str.removeprefix("p_") == mean.index.get_level_values("label")
+    assert (found["treatment"]["correct"], found["treatment"]["total"]) == (right.sum(), 12)
+    assert set(found["wrong"]) == set(mean.index.get_level_values("treatment")[~right])

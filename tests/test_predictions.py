@@ -138,6 +138,21 @@ def test_missing_folds_are_in_the_headline(tmp_path: Path) -> None:
     assert pair["treatments"] == 12
 
 
+def test_splits_that_can_not_be_right_are_named_in_the_headline(tmp_path: Path) -> None:
+    table = predictions()
+    table["fold"] = table["compound"]
+    assert len(score_predictions(write(tmp_path, table), tmp_path / "out")["cautions"]) == 1
+    table["fold"] = table["replicate"]
+    (_, shared) = score_predictions(write(tmp_path, table), tmp_path / "out")["cautions"]
+    assert shared.startswith("What is held out is the fold: the same compounds are in training")
+    other = table.assign(model="B", fold=table["replicate"].replace({"1": "2", "2": "1"}))
+    other["fold"] = other["fold"].where(other["compound"] == "PP-2", table["compound"])
+    both = pd.concat([table.assign(model="A", fold=table["compound"]), other])
+    document = score_predictions(write(tmp_path, both), tmp_path / "out")
+    assert document["cautions"][1] == ("Models or seeds were split differently; not in the same folds of all: PP-2.")
+    assert document["cautions"][1] in document["headline"]
+
+
 def test_keys_that_are_not_there_are_made_of_those_that_are(tmp_path: Path) -> None:
     plain = predictions()
     bare = plain.drop(columns=["plate", "batch", "well", "tile", "treatment"]).groupby(
@@ -186,6 +201,7 @@ class TestRefusals:
             (lambda t: t.replace({"Epithelial": "Epithelia"}), "(?s)not among its classes.*'Epithelia': "),
             (lambda t: t.head(0), "has no rows"),
             (lambda t: t.assign(label=["", *t["label"][1:]]), r"(?s)1 of \d+ rows have no label.*line 2"),
+            (lambda t: t.assign(model=["", *["A"] * (len(t) - 1)]), r"1 of \d+ rows have no model"),
             (lambda t: t.assign(seed="first"), "seeds are whole numbers, found: first"),
         ],
     )
