@@ -249,6 +249,12 @@ class _Keys:
     also: frozenset[str]
 
 
+def _read(path: Path) -> pa.Table:
+    """Read a small table, at once: thousands of them are read one after the other."""
+    with pq.ParquetFile(pa.py_buffer(path.read_bytes())) as file:
+        return file.read(use_threads=False)
+
+
 class FoldReader:
     """Reads the predictions of one fold's runs; keys that runs share are checked once.
 
@@ -283,8 +289,7 @@ class FoldReader:
             None where something is wrong.
         """
         try:
-            with pq.ParquetFile(run.folder / PREDICTIONS) as file:
-                table = file.read(use_threads=False)
+            table = _read(run.folder / PREDICTIONS)
             found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
             wrong = list(problems_of_classes("predictions", found, self.classes))
             keys = None if wrong else self._keys_of(table)
@@ -312,8 +317,7 @@ class FoldReader:
         """
         if not (run.folder / DRAWS).exists():
             return None
-        with pq.ParquetFile(run.folder / DRAWS) as file:
-            table = file.read(use_threads=False)
+        table = _read(run.folder / DRAWS)
         draws, rest = divmod(len(table), len(keys.arrow))
         same = not rest and {*keys.arrow.column_names, *self._columns} <= set(table.column_names)
         own = table.select(keys.arrow.column_names) if same else table
