@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cellhpc import ledger
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Fold, Folds
-from cellhpc.levels import PREFIX, Ladder, sound
+from cellhpc.levels import KEYS, PREFIX, Ladder, sound
 from cellhpc.tally import UNKNOWN, Predicted
 
 PREDICTIONS, DRAWS = "predictions.parquet", "draws.parquet"
@@ -333,6 +333,8 @@ class FoldReader:
         for keys in self._known:
             if own.equals(keys.arrow):
                 return keys
+        if missing := [name for name in KEYS["tile"] if name not in own.column_names]:
+            raise DataError(f"{PREDICTIONS} has no column {listing(missing)}.")
         frame = own.to_pandas().assign(fold=self.fold)
         if self.unknown:
             frame[UNKNOWN] = frame["label"] == self.unknown

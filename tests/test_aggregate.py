@@ -516,6 +516,12 @@ class TestRefusals:
         with pytest.raises(DataError, match=r"ResNet50_imagenet_s0_f00: .* hold no probabilities"):
             again(study)
 
+    def test_predictions_without_keys(self, study: Path) -> None:
+        path = outputs(units(study)[0]) / "predictions.parquet"
+        ledger.write_table(path, pd.read_parquet(path).drop(columns=["plate", "tile"]))
+        with pytest.raises(DataError, match=r"f00: predictions.parquet has no column plate, tile"):
+            again(study)
+
     def test_a_tile_twice(self, study: Path) -> None:
         path = outputs(units(study)[0]) / "predictions.parquet"
         table = pd.read_parquet(path)
