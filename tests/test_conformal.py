@@ -1,0 +1,246 @@
+"""Conformal p-values against the formula in plain loops, against crepes draw by draw, and against their promise."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from crepes import ConformalClassifier
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from cellhpc import conformal
+
+CLASSES = 4
+
+
+def made_up(
+    compounds: int = 12, sizes: tuple[int, ...] = (1, 2, 3, 4), classes: int = CLASSES, seed: int = 0
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Probabilities, truth and compounds: treatments of one compound are alike, and doubles occur (ties)."""
+    random = np.random.default_rng(seed)
+    counts = [sizes[number % len(sizes)] for number in range(compounds)]
+    of = np.repeat(np.arange(compounds), counts)
+    truth = (np.arange(compounds) % classes)[of]
+    logits = random.normal(size=(compounds, classes))[of] + random.normal(0, 0.5, (len(of), classes))
+    logits[np.arange(len(of)), truth] += 1.5
+    weights = np.exp(logits)
+    return np.round(weights / weights.sum(axis=1, keepdims=True), 2), truth, of
+
+
+def by_the_formula(probabilities: NDArray, truth: NDArray, compounds: NDArray, by_label: bool) -> list[list[Fraction]]:
+    """Write the formula as it stands, in fractions."""
+    scores = 1 - probabilities
+    values = []
+    for i in range(len(truth)):
+        row = []
+        for c in range(probabilities.shape[1]):
+            total, others = Fraction(1), 0
+            for k in dict.fromkeys(compounds):
+                own = [j for j in range(len(truth)) if compounds[j] == k and (not by_label or truth[j] == c)]
+                if k != compounds[i] and own:
+                    others += 1
+                    total += Fraction(sum(scores[j, truth[j]] >= scores[i, c] for j in own), len(own))
+            row.append(total / (others + 1))
+        values.append(row)
+    return values
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_the_p_values_are_the_formulas(by_label: bool) -> None:
+    data = made_up()
+    found = conformal.p_values(*data, by_label=by_label)
+    exact = np.array([[float(value) for value in row] for row in by_the_formula(*data, by_label)])
+    np.testing.assert_array_equal(found, exact)  # to the last digit: an alpha of 0.1 meets a p of 0.1
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_a_compound_of_several_labels(by_label: bool) -> None:
+    probabilities, truth, compounds = made_up()
+    truth = (truth + np.arange(len(truth)) % 2) % CLASSES
+    expected = by_the_formula(probabilities, truth, compounds, by_label)
+    np.testing.assert_array_equal(
+        conformal.p_values(probabilities, truth, compounds, by_label), np.array(expected, dtype=float)
+    )
+
+
+def test_the_p_value_is_the_mean_of_crepes_over_balanced_draws() -> None:
+    """Each draw has one treatment of each compound: a Mondrian bin of an ordinary conformal classifier."""
+    probabilities, truth, compounds = made_up(compounds=8)
+    scores, draws, tested = 1 - probabilities, 12, int(np.flatnonzero(compounds == 7)[0])
+    rows, bins = [], []
+    for draw in range(draws):
+        for k in range(7):
+            own = np.flatnonzero(compounds == k)
+            rows.append(own[draw * len(own) // draws])
+            bins.append(draw)
+    classifier = ConformalClassifier().fit(scores[rows, truth[rows]], bins=np.array(bins))
+    each = classifier.predict_p(np.repeat(scores[[tested]], draws, axis=0), bins=np.arange(draws), smoothing=False)
+    np.testing.assert_allclose(conformal.p_values(probabilities, truth, compounds)[tested], each.mean(axis=0))
+
+
+def test_with_one_treatment_a_compound_it_is_crepes_leaving_one_out() -> None:
+    probabilities, truth, compounds = made_up(compounds=15, sizes=(1,))
+    scores = 1 - probabilities
+    for by_label in (False, True):
+        found = conformal.p_values(probabilities, truth, compounds, by_label)
+        for one in range(len(truth)):
+            rest = np.delete(np.arange(len(truth)), one)
+            own = scores[rest, truth[rest]]
+            bins = truth[rest] if by_label else np.zeros(len(rest), int)
+            classifier = ConformalClassifier().fit(own, bins=bins)
+            candidates = np.arange(CLASSES) if by_label else np.zeros(CLASSES, int)
+            expected = classifier.predict_p(scores[one], bins=candidates, smoothing=False)
+            np.testing.assert_array_equal(found[one], expected)
+
+
+def test_draws_that_can_not_be_balanced_err_upwards_and_little() -> None:
+    """Nine and eleven treatments: 840 draws are balanced for neither."""
+    data = made_up(compounds=10, sizes=(9, 11, 1))
+    found = conformal.p_values(*data)
+    exact = np.array([[float(value) for value in row] for row in by_the_formula(*data, by_label=False)])
+    assert (found >= exact - 1e-12).all()
+    assert 0 < (found - exact).max() < 1 / conformal.DRAWS
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_a_compounds_own_label_takes_no_part_in_its_p_values(by_label: bool) -> None:
+    probabilities, truth, compounds = made_up()
+    own = compounds == 5
+    before = conformal.p_values(probabilities, truth, compounds, by_label)
+    for step in range(1, CLASSES):
+        otherwise = np.where(own, (truth + step) % CLASSES, truth)
+        after = conformal.p_values(probabilities, otherwise, compounds, by_label)
+        np.testing.assert_array_equal(after[own], before[own])
+        assert (after[~own] != before[~own]).any()
+
+
+def test_the_finest_p_value_is_one_over_the_compounds() -> None:
+    probabilities, truth, compounds = made_up(compounds=38, sizes=(2, 3))
+    probabilities[0] = [1, 0, 0, 0]
+    marginal = conformal.p_values(probabilities, truth, compounds)
+    by_label = conformal.p_values(probabilities, truth, compounds, by_label=True)
+    assert marginal[0, 1:] == pytest.approx(1 / 38)
+    assert marginal.min() == pytest.approx(1 / 38)
+    assert marginal[0, 0] == 1
+    of_label = np.bincount(truth[np.unique(compounds, return_index=True)[1]])
+    assert by_label[0, 1:] == pytest.approx(1 / (of_label[1:] + 1))
+    document = conformal.conformal(marginal, by_label, truth, compounds, "ABCD")
+    assert (document["unit"], document["compounds"], document["finest_p"]) == ("compound", 38, 1 / 38)
+    assert "about 1 - 2 alpha is proven (Vovk 2015)" in document["guarantee"]
+    assert f"there are 10 at most, so that it leaves no set at an alpha below {1 / 11:.3g}." in document["guarantee"]
+
+
+def test_what_does_not_calibrate_is_tested_all_the_same() -> None:
+    probabilities, truth, compounds = made_up()
+    calibrates = compounds < 9
+    some = conformal.p_values(probabilities, truth, compounds, calibrates=calibrates)
+    np.testing.assert_array_equal(
+        some[calibrates], conformal.p_values(probabilities[calibrates], truth[calibrates], compounds[calibrates])
+    )
+    scores = 1 - probabilities
+    by_itself = conformal.p_value(
+        scores[~calibrates], scores[np.arange(len(truth)), truth][calibrates], compounds[calibrates]
+    )
+    np.testing.assert_array_equal(some[~calibrates], by_itself)
+
+
+def test_one_compound_has_nothing_that_calibrates_it() -> None:
+    for by_label in (False, True):
+        assert (conformal.p_values(np.full((3, 2), 0.5), np.zeros(3, int), np.zeros(3, int), by_label) == 1).all()
+
+
+def test_sets_are_counted_by_hand() -> None:
+    marginal = np.array([[0.9, 0.04], [0.15, 0.02], [0.1, 0.1], [0.5, 0.5]])
+    truth = np.array([0, 1, 1, 1])
+    found = conformal.conformal(marginal, marginal, truth, np.array(["a", "b", "b", "c"]), ["x", "y"])
+    at = {entry["alpha"]: entry for entry in found["marginal"]}
+    assert list(at) == [0.2, 0.1, 0.05, 0.03]
+    assert (at[0.2]["covered"], at[0.2]["empty"], at[0.2]["single"], at[0.2]["mean_size"]) == (2, 2, 1, 0.75)
+    assert (at[0.1]["covered"], at[0.1]["empty"], at[0.1]["single"]) == (2, 1, 2)  # p = alpha is out
+    assert (at[0.03]["covered"], at[0.03]["total"], at[0.03]["coverage"]) == (3, 4, 0.75)
+    interval = binomtest(3, 4).proportion_ci(method="wilson")
+    assert at[0.03]["wilson95"] == pytest.approx([interval.low, interval.high])
+    assert found["by_label"][0]["per_label"] == [
+        {"label": "x", "covered": 1, "total": 1, "mean_size": 1.0},
+        {"label": "y", "covered": 1, "total": 3, "mean_size": pytest.approx(2 / 3)},
+    ]
+
+
+COMPOUNDS, REPETITIONS = 99, 1000
+
+
+def exchangeable(random: np.random.Generator) -> tuple[NDArray, NDArray, NDArray]:
+    """99 calibrating compounds of each of three labels and one to be tested; one to four treatments, strongly alike.
+
+    Labels differ in how hard they are, so that sets that hold over all labels need not hold for each.
+    """
+    label = np.repeat(np.arange(3), COMPOUNDS + 1)
+    counts = random.integers(1, 5, len(label))
+    of = np.repeat(np.arange(len(label)), counts)
+    logits = random.normal(0, 1, (len(label), 3))[of] + random.normal(0, 0.3, (len(of), 3))
+    logits[np.arange(len(of)), label[of]] += np.array([0.5, 1.5, 3.0])[label[of]]
+    weights = np.exp(logits)
+    return weights / weights.sum(axis=1, keepdims=True), label[of], of
+
+
+def within_binomial_error(covered: int, repetitions: int, alpha: float, others: int) -> bool:
+    """Between 1 - alpha and what whole compounds allow, 1 / (K + 1) more, with an error of 1 in 1,000 at each end."""
+    least = binomtest(covered, repetitions, 1 - alpha, alternative="less").pvalue
+    most = binomtest(covered, repetitions, min(1 - alpha + 1 / (others + 1), 1), alternative="greater").pvalue
+    return min(least, most) > 1e-3
+
+
+def test_coverage_is_what_is_promised() -> None:
+    """A thousand times: new compounds, of which one is tested; marginal, and by label within every label."""
+    random = np.random.default_rng(1)
+    alphas = np.array(conformal.ALPHAS)
+    marginal = np.zeros(len(alphas), int)
+    by_label = np.zeros((3, len(alphas)), int)
+    marginal_of_label, tested = np.zeros((3, len(alphas)), int), np.zeros(3, int)
+    for _ in range(REPETITIONS):
+        probabilities, truth, compounds = exchangeable(random)
+        scores = 1 - probabilities[np.arange(len(truth)), truth]
+        last = [random.choice(np.flatnonzero(compounds == one)) for one in (99, 199, 299)]
+        new = np.isin(compounds, compounds[last])
+        for one in range(3):
+            rest = ~new & (truth == one)
+            by_label[one] += conformal.p_value(scores[last[one]], scores[rest], compounds[rest]) > alphas
+        kept = compounds % 3 == 0  # a third of all: 99 compounds of any label, each as likely as the new one's
+        chosen = random.integers(3)
+        rest = ~new & kept
+        held = conformal.p_value(scores[last[chosen]], scores[rest], compounds[rest]) > alphas
+        marginal += held
+        marginal_of_label[chosen] += held
+        tested[chosen] += 1
+    for number, alpha in enumerate(conformal.ALPHAS):
+        assert within_binomial_error(marginal[number], REPETITIONS, alpha, COMPOUNDS), (alpha, marginal[number])
+        for one in range(3):
+            assert within_binomial_error(by_label[one, number], REPETITIONS, alpha, COMPOUNDS), (alpha, one)
+    # what the marginal sets promise holds over all labels, and not for the hardest one
+    assert binomtest(int(marginal_of_label[0, 0]), int(tested[0]), 0.8, alternative="less").pvalue < 1e-3
+
+
+def test_coverage_when_every_compound_is_tested_by_the_others() -> None:
+    """As a study does it: 24 compounds, each by the 23 others; the mean over 200 studies, which are independent."""
+    shares = []
+    for seed in range(200):
+        data = made_up(compounds=24, sizes=(1, 2, 3), seed=seed)
+        random = np.random.default_rng(seed)
+        values = conformal.p_values(*data)[np.arange(len(data[1])), data[1]]
+        one = [random.choice(np.flatnonzero(data[2] == compound)) for compound in range(24)]
+        shares.append((values[one] > 0.125).mean())
+    error = np.std(shares) / np.sqrt(len(shares))
+    assert 0.875 - 3 * error <= np.mean(shares) <= 0.875 + 1 / 24 + 3 * error
+
+
+@pytest.mark.parametrize(("compounds", "sizes", "seconds"), [(38, (1, 2, 3, 4, 5, 6, 7), 2), (370, (1, 2, 3, 4), 20)])
+def test_it_is_fast(compounds: int, sizes: tuple[int, ...], seconds: float) -> None:
+    """A hundred and 900 treatments of 12 classes, marginal and by label."""
+    data = made_up(compounds, sizes, classes=12)
+    start = time.process_time()
+    for by_label in (False, True):
+        conformal.p_values(*data, by_label=by_label)
+    assert time.process_time() - start < seconds
