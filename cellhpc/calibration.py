@@ -54,7 +54,7 @@ def bins(probabilities: NDArray, truth: NDArray, number: int = BINS) -> list[dic
         `accuracy`, which are None where it is empty.
     """
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
-    edges = np.linspace(0, 1, number + 1)
+    edges = np.arange(number + 1) / number  # linspace's are a little off some decimals
     of = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, number - 1)
     return [
         {
