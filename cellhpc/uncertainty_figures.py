@@ -42,7 +42,7 @@ def reliability_figure(models: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     columns = min(_PER_ROW, len(models))
     rows = -(-len(models) // columns)
-    side, strip, gap, between, left, top, under, foot = 2.3, 0.55, 0.5, 0.1, 0.7, 0.45, 0.5, 0.8
+    side, strip, gap, between, left, top, under, foot = 2.3, 0.55, 0.5, 0.13, 0.7, 0.45, 0.5, 0.8
     tall = top + side + between + strip + under
     with mpl.rc_context(_STYLE):
         figure = _figure(max(left + columns * (side + gap), 5.2), rows * tall + foot)
@@ -192,10 +192,18 @@ def _draw_reliability(axes: Axes, below: Axes, entry: Mapping[str, Any]) -> None
         x, y = ([one[name] for one in filled] for name in ("confidence", "accuracy"))
         share = np.array([one["count"] for one in filled]) / sum(one["count"] for one in filled)
         axes.plot(x, y, color=look["color"], lw=1.1, ls=look["ls"], zorder=2 + number)
-        face = look["mfc"]
+        face, above = look["mfc"], 4 + number
         axes.scatter(
-            x, y, 14 + 110 * share, marker=look["marker"], fc=face, ec=look["color"], lw=1.3, clip_on=False, zorder=4 + number
-        )  # fmt: skip
+            x,
+            y,
+            14 + 110 * share,
+            marker=look["marker"],
+            fc=face,
+            ec=look["color"],
+            lw=1.3,
+            clip_on=False,
+            zorder=above,
+        )
         width = (state["bins"][0]["high"] - state["bins"][0]["low"]) / 2.4
         centres = [(one["low"] + one["high"]) / 2 + (number - 0.5) * width for one in state["bins"]]
         below.bar(centres, [one["count"] for one in state["bins"]], width=width, fc=face, ec=look["color"], lw=1.1)
