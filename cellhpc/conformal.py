@@ -19,6 +19,9 @@ draws of all compounds go to crepes in one sample. Beside them stand R - 1 score
 treatment itself, which crepes counts once, has the weight R of a compound, and crepes' p is the formula's. R is the
 least common multiple of the numbers of treatments, up to `DRAWS`. Where that does not do, the draws are as balanced
 as they can be, those of high nonconformity first: p is then never below the formula's, and above it by less than 1 / R.
+
+`GUARANTEE` says what is promised, in words that stand beside the sets (split: Papadopoulos et al. 2002, ECML; across
+folds: Vovk 2015, Ann Math Artif Intell 74 9-28; of a compound, one treatment at random: Lee, Barber & Willett).
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ GUARANTEE = (
     "Every set comes from the other compounds alone. Where their probabilities and this compound's come from one model "
     "that has seen none of them, a set holds the true label of a new compound's treatment with probability 1 - alpha "
     "at least (split-conformal). Across folds that is not so: the networks that scored the other compounds were "
-    "trained with this one among their training compounds (cross-conformal). Then about 1 - 2 alpha is proven "
-    "(Vovk 2015), although coverage is usually near 1 - alpha."
+    "trained with this one among their training compounds (cross-conformal). For a new compound, then, about "
+    "1 - 2 alpha is proven (Vovk 2015), although coverage is usually near 1 - alpha."
 )
 
 
