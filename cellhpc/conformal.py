@@ -45,7 +45,9 @@ GUARANTEE = (
     "that has seen none of them, a set holds the true label of a new compound's treatment with probability 1 - alpha "
     "at least (split-conformal). Across folds that is not so: the networks that scored the other compounds were "
     "trained with this one among their training compounds (cross-conformal). For a new compound, then, about "
-    "1 - 2 alpha is proven (Vovk 2015), although coverage is usually near 1 - alpha."
+    "1 - 2 alpha is proven (Vovk 2015), although coverage is usually near 1 - alpha. "
+    "Over all compounds of one study, each ranked among the others, it is so by construction: what a model is worth "
+    "shows in the size of its sets."
 )
 
 

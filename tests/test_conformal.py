@@ -133,6 +133,24 @@ def test_the_finest_p_value_is_one_over_the_compounds() -> None:
     assert f"there are 10 at most, so that it leaves no set at an alpha below {1 / 11:.3g}." in document["guarantee"]
 
 
+def test_over_a_whole_study_the_true_labels_p_values_are_ranks() -> None:
+    """Whatever a model is worth: coverage of the study that calibrates itself is no proof, as the guarantee says."""
+    random = np.random.default_rng(0)
+    probabilities, truth = random.dirichlet(np.ones(CLASSES), 40), random.integers(0, CLASSES, 40)
+    values = conformal.p_values(probabilities, truth, np.arange(40))[np.arange(40), truth]
+    np.testing.assert_array_equal(np.sort(values), np.arange(1, 41) / 40)
+
+
+def test_by_label_bbbc021_has_too_few_compounds_for_small_alphas() -> None:
+    """Two to four compounds a label: at alpha 0.1 every set holds all 12, at 0.2 labels of four can leave it."""
+    label = np.repeat(np.arange(12), [3, 3, 2, 4, 4, 2, 3, 3, 4, 3, 4, 3])
+    certain = np.eye(12)[label]
+    by_label = conformal.p_values(certain, label, np.arange(38), by_label=True)
+    found = conformal.conformal(by_label, by_label, label, np.arange(38), "ABCDEFGHIJKL")["by_label"]
+    assert [entry["mean_size"] for entry in found[1:]] == [12, 12, 12]
+    assert found[0]["mean_size"] == pytest.approx(12 - (22 * 4 + 16 * 3) / 38)
+
+
 def test_what_does_not_calibrate_is_tested_all_the_same() -> None:
     probabilities, truth, compounds = made_up()
     calibrates = compounds < 9
