@@ -36,6 +36,7 @@ class _Started:
 
     task: Task
     number: int
+    place: int
     attempt: Path
     ranks: list[subprocess.Popen[bytes]]
     failed_at: float | None = None
@@ -96,7 +97,8 @@ def run_here(study: StudyFolder, submission: Submission, parallel: int, watch: C
     with _ended_on_exit() as started:
         while waiting or running:
             while waiting and len(running) < parallel:
-                running.append(_start(study, submission, *waiting.pop(0)))
+                place = min(set(range(parallel)) - {one.place for one in running})
+                running.append(_start(study, submission, *waiting.pop(0), place))
                 started.append(running[-1])
             time.sleep(POLL_SECONDS)
             watch()
@@ -132,7 +134,25 @@ def _ended_on_exit() -> Iterator[list[_Started]]:
             one.record_end()
 
 
-def _start(study: StudyFolder, submission: Submission, task: Task, number: int) -> _Started:
+def rank_cores(place: int, rank: int, ranks: int, threads: int) -> set[int]:
+    """Choose the cores of a rank: its own, else ranks that wait for each other are moved to and fro between them.
+
+    Parameters
+    ----------
+    place
+        Number of the task among those that run at the same time, from 0.
+    rank, ranks
+        The rank, and how many there are; a single one waits for nobody and may use all cores.
+    threads
+        Threads of a rank.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    first = (place * ranks + rank) * threads
+    mine = set(cores[first : first + threads])
+    return mine if ranks > 1 and len(mine) == threads else set(cores)
+
+
+def _start(study: StudyFolder, submission: Submission, task: Task, number: int, place: int) -> _Started:
     """Start the ranks of a task, for the first time with the number 0."""
     attempt = submission.task_folder(task.name) / f"here-{number}"
     attempt.mkdir(parents=True, mode=0o700)
@@ -140,26 +160,28 @@ def _start(study: StudyFolder, submission: Submission, task: Task, number: int) 
     processes = []
     for rank in range(task.ranks):
         environment = {**os.environ, RANK: str(rank), RANKS: str(task.ranks), MEETING: str(attempt)}
+        cores = rank_cores(place, rank, task.ranks, task.threads)
         with _log(submission, task, rank).open("ab") as log:
             processes.append(
                 subprocess.Popen(
                     words,
                     env=environment,
-                    preexec_fn=functools.partial(_end_with, os.getpid()),
+                    preexec_fn=functools.partial(_begin, os.getpid(), cores),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
             )
-    return _Started(task, number, attempt, processes)
+    return _Started(task, number, place, attempt, processes)
 
 
 def _log(submission: Submission, task: Task, rank: int) -> Path:
     return submission.folder / LOGS / f"{task.name}_{rank}_log.out"
 
 
-def _end_with(parent: int) -> None:
-    """Ask Linux to end this process with its parent: a command that is killed leaves no rank behind."""
+def _begin(parent: int, cores: set[int]) -> None:
+    """Keep to these cores, and ask Linux to end this process with its parent: a killed command leaves no rank."""
+    os.sched_setaffinity(0, cores)
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:

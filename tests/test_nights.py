@@ -25,7 +25,7 @@ from tests.night import JOB, Night, here, same, until
 from tests.slurm_cluster import require_slurm, submit, wait_for_job, wait_until_saved
 from tests.small_screen import make_small_screen
 
-EPOCHS = 10
+EPOCHS = 20
 
 
 @pytest.fixture(scope="module")

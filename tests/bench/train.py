@@ -6,7 +6,7 @@
 - augmented: the same with the paper's augmentation
 - two ranks: two Horovod ranks of one thread, each with half of every batch
 - limit: two processes of one thread that train at the same time and know nothing of each other, each with batches of
-  that half
+  that half; they have a core each, as the ranks have
 - two whole, limit whole: the same where each rank has as many tiles of a step as the one process has above
 
 Then what a run costs beside its steps when it is not the first of its process (its weights, its predictions, its
@@ -33,6 +33,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cellhpc.hosts import MEETING, RANK, RANKS
+from cellhpc.launch import rank_cores
 
 CORES = len(os.sched_getaffinity(0))
 SMALL = {"network": "MobileNet(alpha=0.25)", "side_px": 128, "batch_size": 32, "steps": 48, "epochs": 3}
@@ -131,6 +132,17 @@ def start(work: str, how: dict[str, Any], **environment: str) -> subprocess.Pope
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
 
 
+def start_two(how: dict[str, Any], environments: list[dict[str, str]]) -> list[subprocess.Popen[str]]:
+    """Start two processes, each on the core that the executor of this machine gives to a rank."""
+    every = os.sched_getaffinity(0)
+    started = []
+    for rank, environment in enumerate(environments):
+        os.sched_setaffinity(0, rank_cores(0, rank, 2, how["threads"]))  # which the process inherits
+        started.append(start("engine", how, OMP_NUM_THREADS="1", **environment))
+        os.sched_setaffinity(0, every)
+    return started
+
+
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     output, _ = process.communicate()
     if process.returncode:
@@ -142,11 +154,8 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 def together(how: dict[str, Any]) -> dict[str, Any]:
     """Two ranks; each tells the speed of both."""
     with tempfile.TemporaryDirectory() as meeting:
-        ranks = [
-            start("engine", how, **{RANK: str(rank), RANKS: "2", MEETING: meeting, "OMP_NUM_THREADS": "1"})
-            for rank in range(2)
-        ]
-        found = [answer(rank) for rank in ranks]
+        environments = [{RANK: str(rank), RANKS: "2", MEETING: meeting} for rank in range(2)]
+        found = [answer(rank) for rank in start_two(how, environments)]
     return found[0]
 
 
@@ -154,7 +163,7 @@ def apart(how: dict[str, Any]) -> dict[str, Any]:
     """Two processes, each with half of the batch, that begin to train at the same moment."""
     with tempfile.TemporaryDirectory() as beside:
         half = how | {"batch_size": how["batch_size"] // 2, "beside": beside}
-        found = [answer(one) for one in [start("engine", half, OMP_NUM_THREADS="1") for _ in range(2)]]
+        found = [answer(one) for one in start_two(half, [{}, {}])]
     return {"images_per_s": sum(one["images_per_s"] for one in found)}
 
 
