@@ -5,9 +5,10 @@
 
 - `scores.json`, described below and by the JSON Schema `cellhpc/scores.schema.json`;
 - `treatments.csv`, `compounds.csv`, `wells.csv`, `fields.csv`: call and probabilities of every unit and model (wells
-  and fields fold by fold, as they are scored); `by_label.csv`, `comparisons.csv`;
+  and fields fold by fold, as they are scored); `by_label.csv`, `comparisons.csv`; `p_values.csv` of conformal
+  prediction and `repeat.csv`, what to repeat in the lab;
 - `confusion-<model>.png|svg|csv` and `confusion.png|svg`, all models side by side;
-- `learning-curves.png|svg`;
+- `learning-curves.png|svg`; `reliability`, `conformal` and `rejection.png|svg` where there is enough for them;
 - `montage.png`, tiles by label, and `outliers.csv`, the fields that stand out of their plate (`cellhpc.outliers`);
 - `report.html`, one page that needs no network;
 - `done.json`, the marker: with the same runs and settings a second call does nothing.
@@ -27,6 +28,8 @@
       macro.{compound, label}.{accuracy, of, bootstrap95}      mean over compounds, labels of treatment accuracies
       spread                      of treatments over seeds: {seeds, mean, sd, lowest, highest}, of those with all folds
       confusion                   counts of treatments: rows true, columns called, in the order of classes
+      uncertainty                 calibration, conformal, decomposition, rejection, repeat[], unknown: as
+                                  `cellhpc.uncertainty.assess` says
       by_label[]                  {label, compounds, correct, total, accuracy, wilson95} of treatments
       by_compound[], wrong[]      right treatments of each compound; the treatments that were wrong
       curves.{all, SEED}.{tile, field, well, treatment}.{correct, total}      lists, an entry an epoch, folds pooled

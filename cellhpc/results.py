@@ -18,11 +18,13 @@ from cellhpc.outliers import outliers
 from cellhpc.report import render_report
 from cellhpc.tally import ModelTally
 from cellhpc.tiles import Store
+from cellhpc.uncertainty_figures import conformal_figure, rejection_figure, reliability_figure
 
 Name = tuple[str, str]
 """Network and initialisation of a model."""
 GROWING = {"well": "wells.csv", "field": "fields.csv"}
 """Tables that are too large to be kept."""
+_PICTURE = (".png", ".svg")
 
 
 class GrowingTables:
@@ -123,6 +125,14 @@ def write_results(
     if all(model["curves"] for model in document["models"]):
         curves = figures.learning_curves_figure(document["models"], len(classes))
         pictures["learning-curves"] = figures.save(curves, results / "learning-curves.png")
+    drawn = {
+        "reliability": reliability_figure(document["models"]),
+        "conformal": conformal_figure(document["models"], len(classes)),
+        "rejection": rejection_figure(document["models"]),
+    }
+    for name, figure in drawn.items():
+        if figure is not None:
+            pictures[name] = figures.save(figure, results / f"{name}.png")
     if store:
         ledger.write_table(results / "outliers.csv", outliers(store.fields))
         try:
@@ -132,17 +142,20 @@ def write_results(
             document["no_montage"] = str(fault)
     ledger.write_json(results / "scores.json", document)
     ledger.write_text(results / "report.html", render_report(document, pictures))
-    for path in results.glob("confusion-*"):
+    for path in (*results.glob("confusion-*"), *(results / f"{name}{end}" for name in drawn for end in _PICTURE)):
         if path.stem not in pictures:
-            path.unlink()
+            path.unlink(missing_ok=True)
     ledger.mark_done(results, inputs)
 
 
 def _tables(document: Mapping[str, Any], models: Mapping[Name, ModelTally]) -> dict[str, pd.DataFrame]:
     """Tables of all models together, by file name."""
     entries = {(entry["network"], entry["initialisation"]): entry for entry in document["models"]}
-    parts: dict[str, list[pd.DataFrame]] = {"treatments.csv": [], "compounds.csv": [], "by_label.csv": []}
+    names = ("treatments.csv", "compounds.csv", "by_label.csv", "p_values.csv", "repeat.csv")
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
     for name, model in models.items():
+        parts["p_values.csv"].append(named(name, model.assessment.p_values))
+        parts["repeat.csv"].append(named(name, model.assessment.repeat))
         compounds = model.compounds
         parts["treatments.csv"].append(named(name, model.treatments))
         counts = pd.DataFrame(entries[name]["by_compound"]).rename(columns={"correct": "right", "total": "treatments"})
@@ -150,8 +163,14 @@ def _tables(document: Mapping[str, Any], models: Mapping[Name, ModelTally]) -> d
             counts = compounds.merge(counts.drop(columns="label"), on="compound", how="left")
         parts["compounds.csv"].append(named(name, counts))
         parts["by_label.csv"].append(named(name, _flat_intervals(entries[name]["by_label"])))
-    found = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    found = {name: _below(tables) for name, tables in parts.items()}
     return {**found, "comparisons.csv": _flat_intervals(document["comparisons"])}
+
+
+def _below(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Put tables one below the other; some may be empty, or lack all values of a column."""
+    rows = [row for table in tables for row in table.to_dict("records")]
+    return pd.DataFrame(rows, columns=list(dict.fromkeys(name for table in tables for name in table.columns)))
 
 
 def _flat_intervals(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

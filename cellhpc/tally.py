@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from cellhpc.levels import (
     in_order,
     names_of,
 )
+from cellhpc.uncertainty import Assessment, assess
 
 KEPT = ("treatment", "compound")
 """Levels whose tables are kept."""
@@ -199,6 +201,13 @@ class ModelTally:
                 found[number, [row[name] for name in names]] = values
         return found
 
+    @cached_property
+    def assessment(self) -> Assessment:
+        """What is known of its uncertainty, when all folds are there; members are what `members` gives."""
+        asked, members = self.asked, self.members()
+        unknown = asked[UNKNOWN].to_numpy(dtype=bool) if UNKNOWN in asked else None
+        return assess(asked, self.classes, members if len(members) > 1 else None, self.kind, unknown)
+
     def document(self) -> dict[str, Any]:
         """Score the model: the part of its entry in `scores.json` that is of predictions alone."""
         treatments = self.treatments
@@ -216,6 +225,7 @@ class ModelTally:
             "macro": scores.macro(treatments),
             "spread": scores.spread([at["accuracy"] for at in whole if at["total"] == len(treatments)]),
             "confusion": scores.confusion(treatments, self.classes).to_numpy().tolist(),
+            "uncertainty": self.assessment.document,
             "by_label": scores.by_label(treatments),
             "by_compound": scores.by_compound(treatments).to_dict("records"),
             "wrong": [

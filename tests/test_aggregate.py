@@ -287,10 +287,11 @@ def test_wells_and_fields_are_the_tables_that_levels_make(made: Path) -> None:
 def test_files(made: Path) -> None:
     names = {path.name for path in (made / "results").iterdir()}
     pictures = ("confusion", "confusion-ResNet50-imagenet", "confusion-ResNet50-xavier", "learning-curves")
+    pictures += ("reliability", "conformal", "rejection")
     expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
     expected |= {f"confusion-ResNet50-{start}.csv" for start in ("imagenet", "xavier")}
     expected |= {"scores.json", "report.html", "treatments.csv", "wells.csv", "fields.csv", "done.json"}
-    expected |= {"compounds.csv", "by_label.csv", "comparisons.csv"}
+    expected |= {"compounds.csv", "by_label.csv", "comparisons.csv", "p_values.csv", "repeat.csv"}
     assert names == expected
     matrix = pd.read_csv(made / "results" / "confusion-ResNet50-xavier.csv", index_col="label")
     assert list(matrix.index) == list(matrix.columns) == list(CLASSES)
@@ -360,6 +361,23 @@ def test_missing_folds_are_in_the_headline(study: Path) -> None:
     assert first in (study / "results" / "report.html").read_text()
 
 
+def test_the_uncertainty_is_that_of_the_treatments(made: Path) -> None:
+    document = ledger.read_json(made / "results" / "scores.json")
+    treatments = pd.read_csv(made / "results" / "treatments.csv")
+    columns = [scores.PREFIX + label for label in CLASSES]
+    p_values = pd.read_csv(made / "results" / "p_values.csv")
+    for model in document["models"]:
+        own = treatments[treatments["initialisation"] == model["initialisation"]]
+        likelihood = [row[scores.PREFIX + row["label"]] for _, row in own.iterrows()]
+        assert model["uncertainty"]["calibration"]["nll"] == pytest.approx(-np.log(likelihood).mean())
+        assert model["uncertainty"]["unknown"] is model["uncertainty"]["decomposition"] is None
+        assert (p_values["initialisation"] == model["initialisation"]).sum() == len(own)
+    assert own[columns].shape == (14, 3)
+    assert list(pd.read_csv(made / "results" / "repeat.csv").columns[:4]) == [
+        "network", "initialisation", "treatment", "compound",
+    ]  # fmt: skip
+
+
 class TestUnknownLabels:
     """Folds that leave out a label altogether, and one known compound beside it."""
 
@@ -390,6 +408,8 @@ class TestUnknownLabels:
         assert [row["label"] for row in model["by_label"]] == ["DNA damage", "Epithelial"]
         assert document["cautions"][0].startswith("Each fold leaves a label out altogether.")
         assert document["baselines"]["majority"] is None
+        unknown = model["uncertainty"]["unknown"]
+        assert (unknown["known"], unknown["unknown"]) == (6, 14)
         assert set(pd.read_csv(left_out / "results" / "compounds.csv")["compound"]) == {"cisplatin", "PP-2"}
 
     def test_a_fold_that_was_trained_twice_is_refused(self, left_out: Path) -> None:
@@ -406,7 +426,11 @@ def test_draws_of_dropout_must_be_of_the_same_tiles(study: Path) -> None:
         table = pd.read_parquet(outputs(unit) / "predictions.parquet")
         draws = pd.concat([table.assign(draw=draw) for draw in range(3)], ignore_index=True)
         ledger.write_table(outputs(unit) / "draws.parquet", draws)
-    assert again(study)["models"] == before["models"]
+    for model, plain in zip(again(study)["models"], before["models"], strict=True):
+        uncertainty = model.pop("uncertainty")["decomposition"]
+        assert (uncertainty["members"], uncertainty["kind"]) == (3, "dropout draws")
+        assert uncertainty["epistemic"] == pytest.approx(0, abs=1e-6)  # the draws are all the same
+        assert model == {key: value for key, value in plain.items() if key != "uncertainty"}
     path = outputs(units(study)[0]) / "draws.parquet"
     ledger.write_table(path, pd.read_parquet(path).iloc[:-1])
     with pytest.raises(DataError, match=r"f00: draws.parquet holds other tiles than predictions.parquet"):
