@@ -19,7 +19,7 @@ from cellhpc.errors import UsageError, UserError
 from cellhpc.ledger import is_done, read_json, write_json
 from cellhpc.record import is_store
 from cellhpc.sections import parse_override
-from cellhpc.settings import load_job
+from cellhpc.settings import PREDICTION_COLUMNS, load_job
 
 if TYPE_CHECKING:
     from cellhpc.drive import SubmissionPlan
@@ -42,6 +42,7 @@ def cli() -> None:
     cellhpc run JOB.toml --site SITE.toml     the same as jobs of Slurm; returns at once
     cellhpc status STUDY                      what it is doing; logs, resume and cancel take a study too
     cellhpc pictures STORE                    its plates at a glance, and the fields that stand out
+    cellhpc score TABLE --out DIR             accuracies of predictions from anywhere, by the same code
     cellhpc features STORE --network NAME     what a network says of every tile, as Zarr; a baseline in seconds
     cellhpc doctor --site SITE.toml           is this cluster ready?
     """
@@ -146,6 +147,56 @@ def train(**options: Any) -> None:
 def aggregate(**options: Any) -> None:
     """Score the finished runs, draw the figures, write the report."""
     _stages(("aggregate",), **options)
+
+
+def _names_columns(command: Command) -> Command:
+    """Add an option for each column of a table of predictions that may be called otherwise."""
+    for name in reversed(PREDICTION_COLUMNS):
+        command = click.option(
+            f"--{name}-column", f"column_{name}", metavar="NAME", help=f"Column of the {name}, if not called so."
+        )(command)
+    return command
+
+
+@cli.command()
+@click.argument("table", metavar="TABLE.csv|parquet", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that the results are written into: a new one, or that of an earlier table.",
+)
+@click.option(
+    "--combine",
+    type=click.Choice(["mean", "median", "log", "vote"]),
+    default="mean",
+    show_default=True,
+    help="As aggregate.combine.",
+)
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="NAME",
+    help="Column of the probability of a class; repeatable, in their order. By default those that begin with p_, or "
+    "else those that are called as a label is.",
+)
+@_names_columns
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def score(
+    table: Path, folder: Path, combine: str, classes: tuple[str, ...], as_json: bool, **columns: str | None
+) -> None:
+    """Score predictions from anywhere: a row a tile, field, well or treatment, a column of probability a class.
+
+    A row tells its compound, its concentration or treatment, and its true label.
+    """
+    from cellhpc.predictions import score_predictions
+
+    names = {key.removeprefix("column_"): name for key, name in columns.items() if name}
+    found = score_predictions(table, folder, combine, names, classes)  # type: ignore[arg-type]
+    _answer(found, as_json, lambda: _closing(folder, found))
 
 
 @cli.command()

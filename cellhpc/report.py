@@ -18,7 +18,7 @@ from rich.text import Text
 from cellhpc import figures
 from cellhpc.grid import describe
 
-SHOWN_LEVELS = ("treatment", "well", "field", "tile")
+SHOWN_LEVELS = ("treatment", "compound", "well", "field", "tile")
 
 
 def render_scores(scores: Mapping[str, Any]) -> Table:
@@ -41,15 +41,15 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
         seeds = f", {len(model['seeds'])} seeds" if len(model["seeds"]) > 1 else ""
         name = Text(f"{model['network']}, {model['initialisation']}{seeds}")
         rest = [
-            f"{_percent(levels[level]['accuracy'])} % of {levels[level]['total']}"
+            f"{_percent(levels[level]['accuracy'])} % of {levels[level]['total']}" if level in levels else ""
             for level in ("well", "field", "tile")
         ]
         table.add_row(name, *_counted(levels["treatment"]), *rest)
+    for row in scores["ensembles"]:
+        table.add_row(row["name"], *_counted(row["treatment"]), "", "", "")
     table.add_section()
-    names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
-    for key, words in names.items():
-        if scores["baselines"][key]:
-            table.add_row(words, *_counted(scores["baselines"][key]), "", "", "", style="dim")
+    for row in scores["baselines"]["table"]:
+        table.add_row(row["words"], *_counted(row), "", "", "", style="dim")
     chance = scores["baselines"]["chance"]
     table.add_row(f"chance, 1 of {len(scores['classes'])} classes", "", _percent(chance), "", "", "", "", style="dim")
     if not scores["complete"]:
@@ -83,7 +83,7 @@ def render_report(scores: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
     )
     return template.render(
         scores=scores,
-        levels=SHOWN_LEVELS,
+        levels=[level for level in SHOWN_LEVELS if any(level in model["levels"] for model in scores["models"])],
         pictures={name: _picture(png) for name, png in pictures.items()},
         settings=dict(_flat(scores["settings"])),
         chosen=_chosen(scores.get("search", [])),

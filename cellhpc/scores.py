@@ -1,27 +1,14 @@
-"""Predictions to calls: tile -> field -> well -> treatment, accuracies with intervals, confusion, baselines.
+"""Calls to accuracies: intervals, macro means, confusion, spread over seeds, and what is reached without looking.
 
-A table of predictions has one row a held-out tile: the columns `plate`, `well`, `field`, `tile`, `treatment`,
-`compound` and `label`, and one column `p_<class>` for each class, whose rows sum to one. Further columns (`batch`,
-`concentration`, `replicate`, ...) travel along. A column `fold`, where there is one, keeps apart the treatments of
-different folds (a treatment is held out twice when cell lines are held out, and once when compounds are).
-
-Probabilities are combined by one of two rules:
-
-- `mean`: each level is the mean of the level below it.
-- `median`: the rule of Kensert, Harrison & Spjuth 2019 (SLAS Discovery 24(4) 466-475): a field and a well are the
-  element-wise median of their tiles, a treatment is the median of its wells (its replicates). Medians do not sum to
-  one: every level is renormalised for its own table, but the treatment is computed from the medians themselves, so
-  that its call is the paper's. Where every median is zero (no class in half of the parts) the mean stands in.
-
-The call is the class of the highest probability; of equal ones, the first in the order of the columns.
+All of it is of the tables that `cellhpc.levels` makes of predictions; what that module offers is at hand here too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,83 +16,32 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
-from cellhpc.errors import DataError, listing
+from cellhpc.levels import (
+    KEYS,
+    LEVELS,
+    PREFIX,
+    How,
+    Ladder,
+    average_tables,
+    check_probabilities,
+    classes_of,
+    combine,
+)
 
-How: TypeAlias = Literal["mean", "median"]
+__all__ = [
+    "KEYS", "LEVELS", "PREFIX", "How", "accuracy", "average_tables", "baselines", "bootstrap",
+    "bootstrap_over_compounds", "by_compound", "by_label", "check_probabilities", "classes_of", "combine", "confusion",
+    "draws", "entry", "levels", "macro", "per_compound", "percentiles95", "score", "spread",
+]  # fmt: skip
 
-LEVELS = ("tile", "field", "well", "treatment")
-PREFIX = "p_"
-KEYS = {
-    "tile": ("plate", "well", "field", "tile"),
-    "field": ("plate", "well", "field"),
-    "well": ("plate", "well"),
-    "treatment": ("fold", "treatment"),
-}
-_BELOW = {
-    "mean": {"field": "tile", "well": "field", "treatment": "well"},
-    "median": {"field": "tile", "well": "tile", "treatment": "well"},
-}
-_CONSTANT = {
-    "tile": (),
-    "field": ("fold", "treatment", "compound", "label"),
-    "well": ("fold", "treatment", "compound", "label"),
-    "treatment": ("compound", "label"),
-}
-_NEEDED = ("plate", "well", "field", "tile", "treatment", "compound", "label")
-_NOT_OF_A_LEVEL = {
-    "tile": (),
-    "field": ("tile",),
-    "well": ("tile", "field"),
-    "treatment": ("tile", "field", "plate", "well", "batch", "replicate"),
-}
-_SUM_TOLERANCE = 1e-3
-
-
-def classes_of(predictions: pd.DataFrame) -> list[str]:
-    """Classes of a table of predictions, in the order of its columns."""
-    return [name.removeprefix(PREFIX) for name in predictions.columns if str(name).startswith(PREFIX)]
-
-
-def combine(predictions: pd.DataFrame, how: How = "mean") -> dict[str, pd.DataFrame]:
-    """Combine the predictions of tiles to those of fields, wells and treatments.
-
-    Parameters
-    ----------
-    predictions
-        One row a held-out tile (see the module's text).
-    how
-        `mean` or `median`.
-
-    Returns
-    -------
-    dict
-        For each of `LEVELS` a table with one row a unit: its keys and what describes it, `tiles` (how many it stands
-        on), `call`, `correct`, and the probabilities `p_<class>` (float64, rows sum to one). Treatments are sorted by
-        label, compound and concentration, the others by their keys.
-
-    Raises
-    ------
-    DataError
-        Columns are missing, probabilities are none, tiles are there twice, or a unit has two labels.
-    """
-    classes = classes_of(predictions)
-    tables = {}
-    for level, (first, probabilities, tiles) in _climb(predictions, how).items():
-        columns = [PREFIX + name for name in classes]
-        table = predictions.drop(columns=[*columns, *_NOT_OF_A_LEVEL[level]], errors="ignore")
-        table = table.iloc[first].reset_index(drop=True)
-        table["tiles"] = tiles
-        table["call"] = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
-        table["correct"] = table["call"] == table["label"]
-        table = pd.concat([table, pd.DataFrame(probabilities, columns=columns)], axis=1)
-        order = ("label", "compound", "concentration", "treatment", "fold") if level == "treatment" else KEYS[level]
-        table = table.sort_values([name for name in order if name in table], kind="stable")
-        tables[level] = table.reset_index(drop=True)
-    return tables
+RESAMPLES = 2000
+"""Draws of a bootstrap."""
+BASELINES = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
+"""What is reached without looking at a picture, in words."""
 
 
 def levels(predictions: pd.DataFrame, how: How = "mean") -> dict[str, dict[str, Any]]:
-    """Accuracy at each of `LEVELS`; the same arithmetic as `combine`, without its tables.
+    """Accuracy at each level; the same arithmetic as `combine`, without its tables.
 
     Returns
     -------
@@ -117,27 +53,14 @@ def levels(predictions: pd.DataFrame, how: How = "mean") -> dict[str, dict[str, 
     DataError
         As `combine`.
     """
-    combined = _climb(predictions, how)
-    truth = _label_codes(predictions, classes_of(predictions))
+    probabilities = check_probabilities(predictions)
+    ladder = Ladder(predictions, classes_of(predictions))
     return {
-        level: accuracy(int((probabilities.argmax(axis=1) == truth[first]).sum()), len(first))
-        for level, (first, probabilities, _) in combined.items()
+        level: accuracy(
+            int((scored.calls() == ladder.truth[ladder.units[level].first]).sum()), len(scored.probabilities)
+        )
+        for level, scored in ladder.climb(probabilities, how).items()
     }
-
-
-def average_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Average the probabilities of several models for each tile (an ensemble); the other columns are the first table's.
-
-    A tile that only some of the tables hold is the mean of those.
-    """
-    stacked = pd.concat(tables, ignore_index=True)
-    columns = [name for name in stacked.columns if str(name).startswith(PREFIX)]
-    codes = _unit_codes(stacked, KEYS["tile"])
-    first: NDArray = np.unique(codes, return_index=True)[1]
-    averaged = stacked.iloc[first].reset_index(drop=True)
-    averaged[columns] = averaged[columns].astype(np.float64)
-    averaged[columns] = _group_mean(stacked[columns].to_numpy(dtype=np.float64), codes)
-    return averaged
 
 
 def accuracy(correct: int, total: int) -> dict[str, Any]:
@@ -160,53 +83,24 @@ def _wilson(correct: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def check_probabilities(predictions: pd.DataFrame) -> NDArray:
-    """Give the probabilities (tiles, classes) as float64, each row summing to one to its precision.
-
-    Raises
-    ------
-    DataError
-        Columns are missing, a label is none of the classes, or a row holds no probabilities: every such row is listed.
-    """
-    missing = [name for name in _NEEDED if name not in predictions]
-    classes = classes_of(predictions)
-    if not classes:
-        missing.append("p_<class>, one for each class")
-    if missing:
-        raise DataError(
-            "The table of predictions lacks columns.",
-            [f"no column {name}" for name in missing],
-            f"Found: {listing(predictions.columns, 30)}.",
-        )
-    if predictions.empty:
-        raise DataError("The table of predictions has no rows.")
-    _label_codes(predictions, classes)
-    values = predictions[[PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
-    sums = values.sum(axis=1)
-    wrong = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | ~(np.abs(sums - 1) <= _SUM_TOLERANCE)
-    if wrong.any():
-        problems = [
-            f"{_place(predictions, row)}: sum {sums[row]:.6g}, lowest {values[row].min():.6g}"
-            for row in np.flatnonzero(wrong)
-        ]
-        raise DataError(
-            f"{wrong.sum()} of {len(values)} rows of predictions hold no probabilities: each must be finite, none "
-            "below zero, and a row must sum to one.",
-            problems,
-            "Write the softmax of the network, in 32-bit floats, not its logits.",
-        )
-    return values / sums[:, None]
+@lru_cache(maxsize=8)
+def draws(compounds: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray:
+    """Draw compounds with replacement: how often each is drawn, float64 (resamples, compounds); not to be changed."""
+    drawn = np.random.default_rng(seed).multinomial(compounds, np.full(compounds, 1 / compounds), size=resamples)
+    counts = drawn.astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
-def bootstrap_over_compounds(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> list[float] | None:
+def bootstrap(correct: NDArray, total: NDArray, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
     """Percentile interval (95 %) of the accuracy when whole compounds are drawn with replacement.
 
     Treatments of one compound are right or wrong together: the compound can be exchanged for another, its tiles can't.
 
     Parameters
     ----------
-    table
-        One of the tables of `combine`, with the columns `compound` and `correct`.
+    correct, total
+        Right units of each compound, and all of them, (compounds,).
     resamples, seed
         Draws, and the seed of the random generator; the same seed gives the same interval.
 
@@ -215,22 +109,105 @@ def bootstrap_over_compounds(table: pd.DataFrame, resamples: int = 2000, seed: i
     list or None
         [low, high]; None for fewer than two compounds.
     """
-    compounds, names = pd.factorize(table["compound"])
-    if len(names) < 2:
+    if len(total) < 2:
         return None
-    total = np.bincount(compounds)
-    correct = np.bincount(compounds, weights=table["correct"].to_numpy(dtype=float))
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    low, high = np.percentile((draws @ correct) / (draws @ total), [2.5, 97.5])
+    drawn = draws(len(total), resamples, seed)
+    return percentiles95((drawn @ correct) / (drawn @ total))
+
+
+def percentiles95(values: NDArray) -> list[float]:
+    """Interval of 95 % of what a bootstrap drew: [2.5th percentile, 97.5th percentile]."""
+    low, high = np.percentile(values, [2.5, 97.5])
     return [float(low), float(high)]
 
 
-def score(tables: dict[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
-    """Accuracy of each table of `combine`: what `accuracy` gives, and `bootstrap95` over compounds (None for one)."""
+def bootstrap_over_compounds(table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
+    """Give the interval of `bootstrap` for a table with the columns `compound` and `correct`."""
+    correct, total = per_compound(table, "correct")
+    return bootstrap(correct, total, resamples, seed)
+
+
+def per_compound(table: pd.DataFrame, column: str) -> tuple[NDArray, NDArray]:
+    """Count the units of each compound, in alphabetical order, for which a column is true: (counts, all units)."""
+    compounds, names = pd.factorize(table["compound"].to_numpy(), sort=True)
+    true = np.bincount(compounds, weights=table[column].to_numpy(dtype=float), minlength=len(names))
+    return true, np.bincount(compounds, minlength=len(names))
+
+
+def entry(correct: NDArray, total: NDArray, top2: NDArray | None = None) -> dict[str, Any]:
+    """Score the units of one level.
+
+    Parameters
+    ----------
+    correct, total, top2
+        For each compound, in alphabetical order: right units, all of them, and those of which the true label is one of
+        the first two.
+
+    Returns
+    -------
+    dict
+        What `accuracy` gives, `bootstrap95` over compounds (None for one), and `top2` as `accuracy` gives it.
+    """
+    found = {**accuracy(int(correct.sum()), int(total.sum())), "bootstrap95": bootstrap(correct, total)}
+    return found if top2 is None else {**found, "top2": accuracy(int(top2.sum()), int(total.sum()))}
+
+
+def score(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
+    """Score each table of `combine`: what `entry` gives; without `top2` where the table has no such column."""
     return {
-        level: {**accuracy(int(table["correct"].sum()), len(table)), "bootstrap95": bootstrap_over_compounds(table)}
+        level: entry(*per_compound(table, "correct"), per_compound(table, "top2")[0] if "top2" in table else None)
         for level, table in tables.items()
     }
+
+
+def macro(treatments: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Mean accuracy of treatments over compounds, and over labels: each weighs the same, however many treatments.
+
+    Parameters
+    ----------
+    treatments
+        The treatments of `combine`.
+
+    Returns
+    -------
+    dict
+        For `compound` and `label`: `accuracy`, `of` (how many) and `bootstrap95` over compounds (None for one).
+        A label none of whose compounds is drawn takes no part in that draw.
+    """
+    compounds, names = pd.factorize(treatments["compound"].to_numpy(), sort=True)
+    labels, kinds = pd.factorize(treatments["label"].to_numpy(), sort=True)
+    shape = (len(names), len(kinds))
+    cell = np.ravel_multi_index((compounds, labels), shape)
+    correct = np.bincount(cell, treatments["correct"].to_numpy(dtype=float), minlength=np.prod(shape)).reshape(shape)
+    total = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
+    own = correct.sum(axis=1) / total.sum(axis=1)
+    of_labels = correct.sum(axis=0) / total.sum(axis=0)
+    over_compounds = over_labels = None
+    if len(names) > 1:
+        drawn = draws(len(names))
+        over_compounds = percentiles95(drawn @ own / len(names))
+        right, asked = drawn @ correct, drawn @ total
+        shares = np.divide(right, asked, out=np.full(right.shape, np.nan), where=asked > 0)
+        over_labels = percentiles95(np.nanmean(shares, axis=1))
+    return {
+        "compound": {"accuracy": float(own.mean()), "of": len(names), "bootstrap95": over_compounds},
+        "label": {"accuracy": float(of_labels.mean()), "of": len(kinds), "bootstrap95": over_labels},
+    }
+
+
+def spread(accuracies: Sequence[float]) -> dict[str, Any] | None:
+    """Describe how the accuracies of single seeds differ; None for fewer than two.
+
+    Returns
+    -------
+    dict or None
+        `seeds`, `mean`, `sd` (of a sample: n - 1), `lowest`, `highest`.
+    """
+    if len(accuracies) < 2:
+        return None
+    values = np.asarray(accuracies, np.float64)
+    extremes = {"lowest": float(values.min()), "highest": float(values.max())}
+    return {"seeds": len(values), "mean": float(values.mean()), "sd": float(values.std(ddof=1)), **extremes}
 
 
 def confusion(treatments: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
@@ -250,13 +227,26 @@ def by_compound(treatments: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def by_label(treatments: pd.DataFrame) -> list[dict[str, Any]]:
+    """Score the treatments of each label: `label`, `compounds` (how many), and what `accuracy` gives; by name."""
+    return [
+        {
+            "label": str(label),
+            "compounds": int(own["compound"].nunique()),
+            **accuracy(int(own["correct"].sum()), len(own)),
+        }
+        for label, own in treatments.groupby("label", observed=True)
+    ]
+
+
 def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
     """Say what is reached without looking at a picture, over the same treatments and folds.
 
     Parameters
     ----------
     wells
-        The wells of `combine`; `fold` says which are held out together (without it, compounds are).
+        The wells of `combine`, or one row for each `treatment` and `batch`; `fold` says which are held out together
+        (without it, compounds are).
     classes
         All classes.
 
@@ -267,7 +257,7 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
         treatments. `batch_only`: the commonest label among the training treatments that share a batch with the
         treatment, or the majority where none does. The last two are as `accuracy` gives, or None where the table has
         no training treatments (a single fold) or no batches. Of equally common labels the first in alphabetical order
-        is taken.
+        is taken. `table`: those that there are as rows: `name`, `words`, what `accuracy` gives, and `not_scorable`.
     """
     wells = wells.assign(
         fold=wells["fold"] if "fold" in wells else wells["compound"],
@@ -278,7 +268,7 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
     folds = units.index.get_level_values("fold")
     chance = 1 / len(classes)
     if len(units) == 0 or folds.nunique() < 2:
-        return {"chance": chance, "majority": None, "batch_only": None}
+        return {"chance": chance, "majority": None, "batch_only": None, "table": []}
     majority_right = batch_right = 0
     for fold in folds.unique():
         training = units[folds != fold]
@@ -288,107 +278,11 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
             majority_right += label == majority
             batch_right += label == (_commonest(together) if len(together) else majority)
     batch_only = accuracy(batch_right, len(units)) if units["batches"].any() else None
-    return {"chance": chance, "majority": accuracy(majority_right, len(units)), "batch_only": batch_only}
+    found = {"majority": accuracy(majority_right, len(units)), "batch_only": batch_only}
+    table = [{"name": name, "words": BASELINES[name], **at, "not_scorable": 0} for name, at in found.items() if at]
+    return {"chance": chance, **found, "table": table}
 
 
 def _commonest(labels: pd.Series) -> str:
     counts = Counter(labels)
     return min(counts, key=lambda label: (-counts[label], label))
-
-
-def _climb(predictions: pd.DataFrame, how: How) -> dict[str, tuple[NDArray, NDArray, NDArray]]:
-    """For each level: row of one tile of each unit (units,), probabilities (units, classes), tiles (units,)."""
-    if how not in _BELOW:
-        raise ValueError(f"how is {how!r}; allowed: {listing(_BELOW)}")
-    raw = {"tile": check_probabilities(predictions)}
-    first = {"tile": np.arange(len(predictions))}
-    tiles = {"tile": np.ones(len(predictions), dtype=np.int64)}
-    _refuse_duplicates(predictions)
-    for level in LEVELS[1:]:
-        unit_of_tile = _unit_codes(predictions, KEYS[level])
-        _refuse_mixtures(predictions, level, unit_of_tile)
-        below = _BELOW[how][level]
-        first[level] = np.unique(unit_of_tile, return_index=True)[1]
-        tiles[level] = np.bincount(unit_of_tile)
-        raw[level] = (_group_mean if how == "mean" else _group_median)(raw[below], unit_of_tile[first[below]])
-    return {level: (first[level], raw[level] / raw[level].sum(axis=1, keepdims=True), tiles[level]) for level in LEVELS}
-
-
-def _unit_codes(table: pd.DataFrame, columns: Sequence[str]) -> NDArray:
-    """Give each row the number, 0, 1, 2, ..., of its combination of values in some columns (int64)."""
-    codes = np.zeros(len(table), dtype=np.int64)
-    for name in columns:
-        if name in table:
-            part, values = pd.factorize(table[name].to_numpy())
-            codes = np.unique(codes * (len(values) + 1) + part + 1, return_inverse=True)[1]
-    return codes
-
-
-def _group_mean(values: NDArray, groups: NDArray) -> NDArray:
-    order = np.argsort(groups, kind="stable")
-    counts = np.bincount(groups)
-    starts = np.cumsum(counts) - counts
-    return np.add.reduceat(values[order], starts, axis=0) / counts[:, None]
-
-
-def _group_median(values: NDArray, groups: NDArray) -> NDArray:
-    """Element-wise median of the rows of each group; where all its elements are zero, the mean."""
-    counts = np.bincount(groups)
-    starts = np.cumsum(counts) - counts
-    medians = np.empty((len(counts), values.shape[1]))
-    for column in range(values.shape[1]):
-        ordered = values[np.lexsort((values[:, column], groups)), column]
-        medians[:, column] = (ordered[starts + (counts - 1) // 2] + ordered[starts + counts // 2]) / 2
-    empty = medians.sum(axis=1) == 0
-    if empty.any():
-        medians[empty] = _group_mean(values, groups)[empty]
-    return medians
-
-
-def _label_codes(predictions: pd.DataFrame, classes: Sequence[str]) -> NDArray:
-    """Position of each row's label among the classes."""
-    codes = pd.Index(classes).get_indexer(pd.Index(predictions["label"]))
-    if (codes < 0).any():
-        unknown = predictions["label"][codes < 0]
-        raise DataError(
-            "Labels in the table of predictions are not among its classes.",
-            [f"{label!r}: {count} rows" for label, count in Counter(unknown).items()],
-            f"Classes (columns p_<class>): {listing(classes, 30)}.",
-        )
-    return codes
-
-
-def _refuse_duplicates(predictions: pd.DataFrame) -> None:
-    codes = _unit_codes(predictions, KEYS["tile"])
-    counts = np.bincount(codes)
-    if counts.max() > 1:
-        first = np.unique(codes, return_index=True)[1][counts > 1]
-        times = counts[counts > 1]
-        raise DataError(
-            f"{len(first)} tiles are predicted more than once.",
-            [f"{_place(predictions, row)}: {n} rows" for row, n in zip(first, times, strict=True)],
-            "Each tile is held out exactly once: look for a fold that was given twice.",
-        )
-
-
-def _refuse_mixtures(predictions: pd.DataFrame, level: str, unit_of_tile: NDArray) -> None:
-    """Every field and well has one treatment, every treatment one compound and one label."""
-    first = np.unique(unit_of_tile, return_index=True)[1]
-    problems = []
-    for name in _CONSTANT[level]:
-        if name not in predictions:
-            continue
-        codes = pd.factorize(predictions[name].to_numpy())[0]
-        differs = np.flatnonzero(codes != codes[first][unit_of_tile])
-        for unit in np.unique(unit_of_tile[differs]):
-            values = predictions[name].to_numpy()[unit_of_tile == unit]
-            where = ", ".join(
-                f"{key} {predictions[key].iloc[first[unit]]}" for key in KEYS[level] if key in predictions
-            )
-            problems.append(f"{where}: {name} {listing(set(values))}")
-    if problems:
-        raise DataError(f"A {level} must be of one kind, but some hold several.", problems)
-
-
-def _place(predictions: pd.DataFrame, row: int) -> str:
-    return ", ".join(f"{key} {predictions[key].iloc[row]}" for key in KEYS["tile"])

@@ -321,8 +321,16 @@ class SweepSettings(Settings):
 class AggregateSettings(Settings):
     """`[aggregate]`: tile predictions to calls."""
 
-    combine: Literal["mean", "median"] = "mean"
-    """How probabilities are combined on each level: their mean, or the paper's element-wise median, renormalised."""
+    combine: Literal["mean", "median", "log", "vote"] = "mean"
+    """How probabilities are combined on each level: their mean; the paper's element-wise `median`, renormalised; the
+    mean of their logarithms, `log`, that is the geometric mean, normalised; or the share of calls, `vote`."""
+
+
+PREDICTION_COLUMNS = (
+    "compound", "concentration", "unit", "label", "treatment", "plate", "well", "field", "tile", "batch", "replicate",
+    "fold", "model", "initialisation", "seed",
+)  # fmt: skip
+"""What the columns of a table of predictions may say, for `cellhpc score`."""
 
 
 class Job(Settings):

@@ -17,8 +17,8 @@ from cellhpc import ledger, scores
 from cellhpc.aggregate import aggregate
 from cellhpc.attempts import Attempt, finished
 from cellhpc.errors import DataError
-from cellhpc.folds import read_folds, write_folds
-from tests.made_up import CLASSES, COMPOUNDS, make_study, predictions
+from cellhpc.folds import Fold, Folds, read_folds, write_folds
+from tests.made_up import CLASSES, COMPOUNDS, make_run, make_study, predictions
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def test_scores_follow_the_schema_that_is_shipped(made: Path) -> None:
     schema = json.loads(resources.files("cellhpc").joinpath("scores.schema.json").read_text())
     document = ledger.read_json(made / "results" / "scores.json")
     assert violations(document, schema, schema) == []
-    del document["models"][0]["levels"]["well"]
+    del document["models"][0]["levels"]["treatment"]
     document["models"][1]["levels"]["tile"]["accuracy"] = "high"
     assert violations(document, schema, schema) == [
-        "scores.models[0].levels: lacks well",
+        "scores.models[0].levels: lacks treatment",
         "scores.models[1].levels.tile.accuracy: str, not number",
     ]
 
@@ -264,12 +264,34 @@ def test_tables_hold_calls_and_probabilities_of_every_model(made: Path) -> None:
         assert (table["correct"] == (table["call"] == table["label"])).all()
 
 
+def test_wells_and_fields_are_the_tables_that_levels_make(made: Path) -> None:
+    """They are put together row by row as folds come: the same as the tables in one piece."""
+    for level, name in (("well", "wells"), ("field", "fields")):
+        found = pd.read_csv(made / "results" / f"{name}.csv", dtype={"replicate": str})
+        for start in ("imagenet", "xavier"):
+            tiles = pd.concat(
+                [
+                    pd.read_parquet(outputs(unit) / "predictions.parquet").assign(fold=fold.name)
+                    for unit, fold in zip(
+                        [unit for unit in units(made) if start in unit.name],
+                        read_folds(made / "folds.json").folds,
+                        strict=True,
+                    )
+                ]
+            )
+            own = found[found["initialisation"] == start].drop(columns=["network", "initialisation"])
+            own = own.sort_values(list(scores.KEYS[level])).reset_index(drop=True)
+            pd.testing.assert_frame_equal(own, scores.combine(tiles)[level], check_dtype=False)
+
+
 def test_files(made: Path) -> None:
     names = {path.name for path in (made / "results").iterdir()}
     pictures = ("confusion", "confusion-ResNet50-imagenet", "confusion-ResNet50-xavier", "learning-curves")
+    pictures += ("reliability", "conformal", "rejection")
     expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
     expected |= {f"confusion-ResNet50-{start}.csv" for start in ("imagenet", "xavier")}
     expected |= {"scores.json", "report.html", "treatments.csv", "wells.csv", "fields.csv", "done.json"}
+    expected |= {"compounds.csv", "by_label.csv", "comparisons.csv", "p_values.csv", "repeat.csv"}
     assert names == expected
     matrix = pd.read_csv(made / "results" / "confusion-ResNet50-xavier.csv", index_col="label")
     assert list(matrix.index) == list(matrix.columns) == list(CLASSES)
@@ -339,6 +361,124 @@ def test_missing_folds_are_in_the_headline(study: Path) -> None:
     assert first in (study / "results" / "report.html").read_text()
 
 
+def test_the_uncertainty_is_that_of_the_treatments(made: Path) -> None:
+    document = ledger.read_json(made / "results" / "scores.json")
+    treatments = pd.read_csv(made / "results" / "treatments.csv")
+    columns = [scores.PREFIX + label for label in CLASSES]
+    p_values = pd.read_csv(made / "results" / "p_values.csv")
+    for model in document["models"]:
+        own = treatments[treatments["initialisation"] == model["initialisation"]]
+        likelihood = [row[scores.PREFIX + row["label"]] for _, row in own.iterrows()]
+        assert model["uncertainty"]["calibration"]["nll"] == pytest.approx(-np.log(likelihood).mean())
+        assert model["uncertainty"]["unknown"] is model["uncertainty"]["decomposition"] is None
+        assert (p_values["initialisation"] == model["initialisation"]).sum() == len(own)
+    assert own[columns].shape == (14, 3)
+    assert list(pd.read_csv(made / "results" / "repeat.csv").columns[:4]) == [
+        "network", "initialisation", "treatment", "compound",
+    ]  # fmt: skip
+
+
+class TestUnknownLabels:
+    """Folds that leave out a label altogether, and one known compound beside it."""
+
+    @pytest.fixture
+    def left_out(self, tmp_path: Path) -> Path:
+        study = tmp_path / "left-out"
+        labels = {name: (label,) for name, label in COMPOUNDS.items()}
+        beside = {"Actin disruptors": "cisplatin", "DNA damage": "PP-2", "Epithelial": "cisplatin"}
+        names = {label: [name for name, own in COMPOUNDS.items() if own == label] for label in CLASSES}
+        made = tuple(Fold(label, tuple(sorted([*names[label], beside[label]]))) for label in CLASSES)
+        folds = Folds("compound", CLASSES, labels, (), made)
+        write_folds(study / "folds.json", folds)
+        table = predictions(seed=5)
+        for number, fold in enumerate(made):
+            unit = study / "runs" / f"ResNet50_imagenet_s0_f{number:02d}"
+            own = table[table["compound"].isin(fold.held_out)].reset_index(drop=True)
+            make_run(unit, own, "ResNet50", "imagenet", 0, fold, folds, 3)
+            change(unit, fold={"name": fold.name, "held_out": list(fold.held_out), "unknown": fold.name})
+        return study
+
+    def test_only_known_ones_are_scored_once_for_each_fold(self, left_out: Path) -> None:
+        document = again(left_out)
+        (model,) = document["models"]
+        known = scores.combine(predictions(seed=5))["treatment"]
+        right = known.groupby("compound")["correct"].sum()
+        at = model["levels"]["treatment"]
+        assert (at["correct"], at["total"]) == (2 * right["cisplatin"] + right["PP-2"], 6)
+        assert [row["label"] for row in model["by_label"]] == ["DNA damage", "Epithelial"]
+        assert document["cautions"][0].startswith("Each fold leaves a label out altogether.")
+        assert document["baselines"]["majority"] is None
+        unknown = model["uncertainty"]["unknown"]
+        assert (unknown["known"], unknown["unknown"]) == (6, 14)
+        assert set(pd.read_csv(left_out / "results" / "compounds.csv")["compound"]) == {"cisplatin", "PP-2"}
+
+    def test_a_fold_that_was_trained_twice_is_refused(self, left_out: Path) -> None:
+        first = units(left_out)[0]
+        shutil.copytree(first, first.with_name("copy"))
+        with pytest.raises(DataError, match=r"cisplatin is held out by 2 runs: .*copy"):
+            again(left_out)
+
+
+def test_draws_of_dropout_must_be_of_the_same_tiles(study: Path) -> None:
+    """Draws change no score: they are members, whose tables the uncertainty is made from."""
+    before = again(study)
+    for unit in units(study):
+        table = pd.read_parquet(outputs(unit) / "predictions.parquet")
+        draws = pd.concat([table.assign(draw=draw) for draw in range(3)], ignore_index=True)
+        ledger.write_table(outputs(unit) / "draws.parquet", draws)
+    for model, plain in zip(again(study)["models"], before["models"], strict=True):
+        uncertainty = model.pop("uncertainty")["decomposition"]
+        assert (uncertainty["members"], uncertainty["kind"]) == (3, "dropout draws")
+        assert uncertainty["epistemic"] == pytest.approx(0, abs=1e-6)  # the draws are all the same
+        assert model == {key: value for key, value in plain.items() if key != "uncertainty"}
+    path = outputs(units(study)[0]) / "draws.parquet"
+    ledger.write_table(path, pd.read_parquet(path).iloc[:-1])
+    with pytest.raises(DataError, match=r"f00: draws.parquet holds other tiles than predictions.parquet"):
+        again(study)
+
+
+def test_models_are_compared_over_compounds(made: Path) -> None:
+    document = ledger.read_json(made / "results" / "scores.json")
+    (pair,) = document["comparisons"]
+    assert (pair["a"], pair["b"], pair["compounds"]) == ("ResNet50, imagenet", "ResNet50, xavier", len(COMPOUNDS))
+    first, second = (model["levels"]["treatment"]["correct"] for model in document["models"])
+    assert pair["a_only"] - pair["b_only"] == first - second
+    assert sum(pair[key] for key in ("a_only", "b_only", "both", "neither")) == pair["treatments"] == 14
+    table = pd.read_csv(made / "results" / "comparisons.csv")
+    assert table.loc[0, "p_value"] == pair["p_value"]
+    assert [table.loc[0, "bootstrap95_low"], table.loc[0, "bootstrap95_high"]] == pair["bootstrap95"]
+
+
+def test_networks_are_compared_and_averaged(tmp_path: Path) -> None:
+    runs = make_study(tmp_path, networks=("ResNet50", "Net(alpha=0.5, depth=2)"))
+    document = aggregate(tmp_path, "two", runs, CLASSES)
+    schema = json.loads(resources.files("cellhpc").joinpath("scores.schema.json").read_text())
+    assert violations(ledger.read_json(tmp_path / "results" / "scores.json"), schema, schema) == []
+    assert len(document["comparisons"]) == 4
+    assert [row["name"] for row in document["ensembles"]] == [
+        "mean of 2 networks, imagenet",
+        "mean of 2 networks, xavier",
+    ]
+    page = (tmp_path / "results" / "report.html").read_text()
+    at = document["ensembles"][1]["treatment"]
+    assert "Mean of 2 networks, xavier" in page
+    assert f"{at['correct']}/{at['total']}, {100 * at['accuracy']:.1f} %" in page
+    wells = pd.read_csv(tmp_path / "results" / "wells.csv")
+    assert set(wells["network"]) == {"ResNet50", "Net(alpha=0.5, depth=2)"}
+
+
+def test_compounds_and_labels_have_tables(made: Path) -> None:
+    compounds = pd.read_csv(made / "results" / "compounds.csv")
+    treatments = pd.read_csv(made / "results" / "treatments.csv")
+    model = ["network", "initialisation"]
+    expected = treatments.groupby([*model, "compound"])["correct"].agg(["sum", "size"])
+    found = compounds.set_index([*model, "compound"]).loc[expected.index]
+    assert found["right"].tolist() == expected["sum"].tolist()
+    assert found["treatments"].tolist() == expected["size"].tolist()
+    labels = pd.read_csv(made / "results" / "by_label.csv")
+    assert labels.groupby(model)["total"].sum().tolist() == [14, 14]
+
+
 class TestRefusals:
     def test_nothing_finished(self, study: Path) -> None:
         for unit in units(study):
@@ -400,12 +540,42 @@ class TestRefusals:
         with pytest.raises(DataError, match=r"ResNet50_imagenet_s0_f00: .* hold no probabilities"):
             again(study)
 
+    def test_predictions_without_keys(self, study: Path) -> None:
+        path = outputs(units(study)[0]) / "predictions.parquet"
+        ledger.write_table(path, pd.read_parquet(path).drop(columns=["plate", "tile"]))
+        with pytest.raises(DataError, match=r"f00: predictions.parquet has no column plate, tile"):
+            again(study)
+
     def test_a_tile_twice(self, study: Path) -> None:
         path = outputs(units(study)[0]) / "predictions.parquet"
         table = pd.read_parquet(path)
         ledger.write_table(path, pd.concat([table, table.head(1)]))
         with pytest.raises(DataError, match="1 tiles are predicted more than once"):
             again(study)
+
+    def test_a_well_of_two_folds(self, study: Path) -> None:
+        """Where the predictions do not say what was held out, wells still tell."""
+        first, second = units(study)[:2]
+        for unit in units(study):
+            path = outputs(unit) / "predictions.parquet"
+            ledger.write_table(
+                path, pd.read_parquet(path).rename(columns={"compound": "substance"}).assign(compound="?")
+            )
+        folds = replace(read_folds(study / "folds.json"), by="substance_held_out")
+        write_folds(study / "folds.json", folds)
+        for unit in units(study):
+            change(unit, folds_sha256=folds.sha256)
+        shutil.copy(outputs(first) / "predictions.parquet", outputs(second) / "predictions.parquet")
+        with pytest.raises(DataError, match=r"plate Week2_., well .*: is held out by two folds, AZ-A and PP-2"):
+            again(study)
+
+    def test_results_stay_as_they_were_when_runs_are_refused(self, study: Path) -> None:
+        before = {path.name: path.read_bytes() for path in (study / "results").iterdir()}
+        last = outputs(units(study)[-1]) / "predictions.parquet"
+        last.write_bytes(b"torn")
+        with pytest.raises(DataError, match="can't be read"):
+            again(study)
+        assert {path.name: path.read_bytes() for path in (study / "results").iterdir()} == before
 
     def test_histories_of_different_lengths(self, study: Path) -> None:
         path = outputs(units(study)[0]) / "history.json"

@@ -11,7 +11,7 @@ from tests.conftest import Cellhpc
 def test_help_names_every_command(cellhpc: Cellhpc) -> None:
     told = cellhpc("--help")
     assert told.returncode == 0
-    for command in ("synth", "inspect", "run", "convert", "train", "aggregate", "features"):
+    for command in ("synth", "inspect", "run", "convert", "train", "aggregate", "score", "features"):
         assert f"\n  {command} " in told.stdout
 
 

@@ -277,6 +277,7 @@ def test_the_report_shows_the_montage_and_names_fields(store: Store, tmp_path: P
     runs = make_study(tmp_path / "study", compounds=compounds, classes=("A", "B"))
     results = tmp_path / "study/results"
     document = aggregate(tmp_path / "study", "made", runs, ("A", "B"), store=store)
+    assert [row["name"] for row in document["baselines"]["table"]][-2:] == ["intensity", "intensity_neighbour"]
     quality = document["quality"]
     assert (quality["plates"], quality["fields"], quality["controls"], quality["set_aside"]) == (1, 20, 8, 1)
     assert ("B03", 4) in {(row["well"], row["field"]) for row in quality["shown"]}

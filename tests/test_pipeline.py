@@ -78,7 +78,7 @@ def test_one_command_from_raw_plates_to_a_scored_result_on_two_ranks(finished: t
     assert scores["runs"]["done"] == scores["runs"]["expected"] == 6
     (model,) = scores["models"]
     totals = {level: count["total"] for level, count in model["levels"].items()}
-    assert totals == {"tile": 6 * 3 * 4 * 4, "field": 6 * 3 * 4, "well": 6 * 3, "treatment": 6}
+    assert totals == {"tile": 6 * 3 * 4 * 4, "field": 6 * 3 * 4, "well": 6 * 3, "treatment": 6, "compound": 6}
     for count in model["levels"].values():
         assert count["accuracy"] == pytest.approx(count["correct"] / count["total"])
         low, high = count["wilson95"]
@@ -337,5 +337,8 @@ def test_a_cell_line_can_be_held_out_as_in_bbbc014(tmp_path: Path, cellhpc: Cell
     assert done.returncode == 0, done.stderr
     scores = read_json(tmp_path / "study" / "results" / "scores.json")
     assert scores["runs"]["done"] == 2
-    assert scores["models"][0]["levels"]["well"]["total"] == 64  # columns 5 to 8 of the 96 wells carry no label
+    at = scores["models"][0]["levels"]["well"]
+    assert f": {at['correct']} of 64 wells, " in scores["headline"][0]
+    assert list(scores["models"][0]["levels"]) == ["tile", "field", "well", "treatment"]  # one compound, two labels
+    assert at["total"] == 64  # columns 5 to 8 of the 96 wells carry no label
     assert not [sentence for sentence in scores["headline"] if "leak" in sentence]

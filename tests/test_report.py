@@ -74,6 +74,7 @@ def test_the_page_is_whole_and_its_headline_comes_first(page: str) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         "Confusion of treatments",
         "Learning curves",
+        "Uncertainty",
         "Treatments that were called wrong",
         "Where this comes from",
     ]

@@ -1,0 +1,171 @@
+"""What simple methods reach on what a study holds out: they show how much of an accuracy the networks add.
+
+- Intensity statistics: of each field and channel the logarithms of mean, highest and lowest grey level and of focus,
+  and the saturated share, all of raw pixels (`cellhpc.quality`); logistic regression (scikit-learn's, C = 1, labels
+  weigh the same) on the study's own folds, each figure scaled by the training fields; fields are combined by the mean.
+- The same statistics whitened on controls (typical variation normalisation: Ando, McLean & Berndl 2017, bioRxiv
+  161422): from each field its plate's mean DMSO field is subtracted; then axes are turned and scaled until all DMSO
+  fields together vary by one along each. The nearest neighbour of another compound (`cellhpc.profiles`) gives the
+  call. Controls are no treatments, so nothing of what is held out is seen.
+- Features of a network that was not trained (`cellhpc features STUDY --network NAME`): the nearest neighbour of another
+  compound (NSC), and of another compound and batch (NSCB). Stores hold no tiles of controls, so these are not whitened.
+
+None of them is tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cellhpc import ledger
+from cellhpc.errors import DataError, UsageError
+from cellhpc.features import Features
+from cellhpc.folds import Folds
+from cellhpc.levels import PREFIX, combine
+from cellhpc.profiles import LEFT_OUT, neighbours
+from cellhpc.scores import score
+from cellhpc.tiles import Store
+
+FIGURES = ("mean", "high", "low", "focus", "saturated")
+"""Columns of the fields table, each with a channel's name behind."""
+RIDGE = 1e-3
+"""Share of the mean variance of controls that is added along each axis before it is scaled to one."""
+
+
+def statistics(fields: pd.DataFrame, channels: Sequence[str]) -> NDArray:
+    """Give the intensity statistics of fields, float64 (fields, figures of all channels)."""
+    names = [f"{figure}_{channel}" for figure in FIGURES for channel in channels]
+    values = fields[names].to_numpy(dtype=np.float64)
+    linear = np.array([name.startswith("saturated") for name in names])
+    return np.where(linear, values, np.log(np.maximum(values, 0) + 1e-3))
+
+
+def whiten(values: NDArray, controls: NDArray, plates: NDArray) -> NDArray:
+    """Normalise the typical variation: afterwards controls lie around zero on each plate, and vary by one in all.
+
+    Parameters
+    ----------
+    values
+        float64 (fields, figures).
+    controls
+        Which of them are of controls, bool (fields,); each plate has some.
+    plates
+        The plate of each, (fields,).
+
+    Returns
+    -------
+    ndarray
+        float64 (fields, figures).
+    """
+    centred = np.empty_like(values)
+    for plate in np.unique(plates):
+        mine = plates == plate
+        centred[mine] = values[mine] - values[mine & controls].mean(axis=0)
+    variances, axes = np.linalg.eigh(np.cov(centred[controls], rowvar=False, ddof=0))
+    scales = np.sqrt(np.maximum(variances, 0) + RIDGE * max(float(variances.mean()), 1e-12))
+    return centred @ axes / scales
+
+
+def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:
+    """Score intensity statistics on the folds of a study.
+
+    Returns
+    -------
+    list
+        Rows as `scores.baselines` gives them in `table`; none where a store has no such statistics.
+    """
+    fields = store.fields[store.fields["bad"] == ""].reset_index(drop=True)
+    if not {f"{figure}_{channel}" for figure in FIGURES for channel in store.channels} <= set(fields):
+        return []
+    values = statistics(fields, store.channels)
+    found = _row(
+        "intensity", "intensity statistics of fields, logistic regression", _predicted(fields, values, folds), folds
+    )
+    controls = (fields["role"] == "dmso").to_numpy()
+    plates = fields["plate"].to_numpy(dtype=str)
+    if folds.by == "compound" and set(plates[controls]) == set(plates):
+        used = folds.used(fields)
+        own = fields[used].reset_index(drop=True)
+        words = "intensity statistics whitened on DMSO, nearest neighbour of another compound"
+        calls = neighbours(own, whiten(values, controls, plates)[used], "compound")
+        found += _row("intensity_neighbour", words, calls[calls["call"] != ""], folds)
+    return found
+
+
+def _predicted(fields: pd.DataFrame, values: NDArray, folds: Folds) -> pd.DataFrame:
+    """Call the treatments of each fold by logistic regression on the others."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    labels, parts = fields["label"].to_numpy(dtype=str), []
+    for fold in folds.folds:
+        asked, training = folds.held_out(fields, fold), folds.training(fields, fold)
+        if not asked.any() or len(set(labels[training])) < 2:
+            continue
+        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+        model.fit(values[training], labels[training])
+        found = np.zeros((asked.sum(), len(folds.classes)))
+        found[:, np.searchsorted(folds.classes, model.classes_)] = model.predict_proba(values[asked])
+        names = ["plate", "well", "field", "treatment", "compound", "label"]
+        keys = fields.loc[asked, names].reset_index(drop=True).assign(fold=fold.name)
+        table = pd.concat([keys, pd.DataFrame(found, columns=[PREFIX + name for name in folds.classes])], axis=1)
+        parts.append(combine(table)["treatment"])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def feature_baselines(study: Path, store: Store, folds: Folds) -> list[dict[str, Any]]:
+    """Score the features of untrained networks that lie in the study's folder and are of its store.
+
+    Returns
+    -------
+    list
+        Rows as `scores.baselines` gives them in `table`, two for each network (NSC and NSCB).
+    """
+    found = []
+    for features in _features_of(study, store) if folds.by == "compound" else ():
+        tiles = features.tiles
+        kept = tiles["label"].isin(folds.classes).to_numpy()
+        tiles, values = tiles[kept].reset_index(drop=True), features.read()[kept]
+        for left_out, short in zip(LEFT_OUT, ("nsc", "nscb"), strict=True):
+            calls = neighbours(tiles, values, left_out)
+            words = f"features {features.folder.name}, nearest neighbour of another {LEFT_OUT[left_out]}"
+            aside = int((calls["call"] == "").sum())
+            found += _row(f"{short}_{features.folder.name}", words, calls[calls["call"] != ""], folds, aside)
+    return found
+
+
+def feature_digests(study: Path, store: Store) -> list[str]:
+    """Give the digests of the features that `feature_baselines` scores."""
+    return [features.about["digest"] for features in _features_of(study, store)]
+
+
+def _features_of(study: Path, store: Store) -> list[Features]:
+    found = []
+    for folder in sorted((study / "features").glob("*/")):
+        try:
+            features = Features.open(folder)
+        except (UsageError, DataError):  # begun, or something else
+            continue
+        about = features.about
+        same = about.get("store_digest") == store.content_digest and ledger.is_done(folder, about["digest"])
+        if same and not about.get("run"):  # a run has learnt from what is held out
+            found.append(features)
+    return found
+
+
+def _row(
+    name: str, words: str, treatments: pd.DataFrame, folds: Folds, not_scorable: int | None = None
+) -> list[dict[str, Any]]:
+    if treatments.empty:
+        return []
+    aside = sum(folds.not_scorable.values()) if not_scorable is None else not_scorable
+    at: Mapping[str, Any] = score({"treatment": treatments})["treatment"]
+    kept = {key: value for key, value in at.items() if key != "top2"}
+    return [{"name": name, "words": words, **kept, "not_scorable": aside}]

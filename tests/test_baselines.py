@@ -1,0 +1,117 @@
+"""Baselines against plain loops over the folds, and whitening against scikit-learn's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from scipy.spatial.distance import pdist
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+from cellhpc import baselines, ledger
+from cellhpc.folds import Folds, plan_folds
+from cellhpc.profiles import neighbours
+from cellhpc.settings import FoldsSettings
+from cellhpc.tiles import Store
+from tests.made_up import predictions
+
+CHANNELS = ("dna", "actin")
+
+
+def make_store(folder: Path, controls: bool = True) -> tuple[Store, Folds]:
+    """A store of made-up fields, whose brightness tells the label with some noise."""
+    random = np.random.default_rng(0)
+    fields = predictions().drop_duplicates(["plate", "well", "field"]).reset_index(drop=True)
+    fields = fields.loc[:, ~fields.columns.str.startswith("p_")].drop(columns="tile").assign(role="treatment", bad="")
+    if controls:
+        dmso = fields.drop_duplicates(["plate", "field"]).assign(role="dmso", label="", compound="DMSO", well="A01")
+        more = [dmso.assign(well=f"A{number:02d}", treatment="DMSO") for number in range(1, 7)]
+        fields = pd.concat([fields, *more], ignore_index=True)
+    level = fields["label"].map({"Actin disruptors": 0.0, "DNA damage": 0.6, "Epithelial": 1.2, "": 0.5})
+    shift = fields["plate"].map({plate: 0.3 * number for number, plate in enumerate(sorted(set(fields["plate"])))})
+    for channel in CHANNELS:
+        for figure in baselines.FIGURES:
+            noise = random.normal(0, 0.4, len(fields))
+            fields[f"{figure}_{channel}"] = np.exp(level + shift + noise) * (1 if figure != "saturated" else 1e-3)
+    store = Store(folder, tuple(sorted(set(fields["plate"]))), CHANNELS, (32,), "digest of the store")
+    store.__dict__["fields"] = fields
+    return store, plan_folds(fields, FoldsSettings())
+
+
+def test_statistics_are_logarithms_but_for_the_saturated_share(tmp_path: Path) -> None:
+    fields = make_store(tmp_path)[0].fields
+    values = baselines.statistics(fields, CHANNELS)
+    assert values.shape == (len(fields), 10)
+    np.testing.assert_allclose(np.exp(values[:, 0]), fields["mean_dna"] + 1e-3)
+    np.testing.assert_array_equal(values[:, -2:], fields[["saturated_dna", "saturated_actin"]])
+
+
+def test_whitening_is_scikit_learns_of_the_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axes may be turned: what counts, and is compared, is how far fields lie from each other."""
+    fields = make_store(tmp_path)[0].fields
+    values, controls = baselines.statistics(fields, CHANNELS), (fields["role"] == "dmso").to_numpy()
+    values = np.where(np.arange(10) >= 8, 1000 * values, values)
+    plates = fields["plate"].to_numpy()
+    monkeypatch.setattr(baselines, "RIDGE", 0.0)
+    found = baselines.whiten(values, controls, plates)
+    centred = values - pd.DataFrame(values[controls]).groupby(plates[controls]).mean().loc[plates].to_numpy()
+    expected = PCA(whiten=True).fit(centred[controls]).transform(centred)
+    ratio = pdist(found) / pdist(expected)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)  # scikit-learn divides by n - 1
+    np.testing.assert_allclose(np.cov(found[controls], rowvar=False, ddof=0), np.eye(10), atol=1e-8)
+    for plate in set(plates):
+        np.testing.assert_allclose(found[controls & (plates == plate)].mean(axis=0), 0, atol=1e-9)
+
+
+def test_intensities_are_scored_on_the_folds_of_the_study(tmp_path: Path) -> None:
+    """The count is that of a plain loop over compounds."""
+    store, folds = make_store(tmp_path)
+    logistic, neighbour = baselines.intensity_baselines(store, folds)
+    own = store.fields[store.fields["role"] == "treatment"].reset_index(drop=True)
+    values, right = baselines.statistics(own, CHANNELS), 0
+    for compound in own["compound"].unique():
+        mine = (own["compound"] == compound).to_numpy()
+        middle, scale = values[~mine].mean(axis=0), values[~mine].std(axis=0)
+        model = LogisticRegression(class_weight="balanced", max_iter=2000)
+        model.fit((values[~mine] - middle) / scale, own["label"][~mine])
+        found = pd.DataFrame(model.predict_proba((values[mine] - middle) / scale), columns=model.classes_)
+        of_fields = own.loc[mine, ["plate", "well", "treatment", "label"]].reset_index(drop=True)
+        wells = pd.concat([of_fields, found], axis=1).groupby([*of_fields]).mean()
+        treatments = wells.groupby(["treatment", "label"]).mean()
+        right += (treatments.idxmax(axis=1) == treatments.index.get_level_values("label")).sum()
+    assert (logistic["name"], logistic["correct"], logistic["total"]) == ("intensity", right, 14)
+    assert logistic["not_scorable"] == 0
+    assert (neighbour["name"], neighbour["total"]) == ("intensity_neighbour", 14)
+    assert neighbour["correct"] > 14 / 3
+
+
+def test_without_controls_nothing_is_whitened(tmp_path: Path) -> None:
+    rows = baselines.intensity_baselines(*make_store(tmp_path, controls=False))
+    assert [row["name"] for row in rows] == ["intensity"]
+
+
+def test_features_that_lie_in_the_study_are_scored_by_neighbours(tmp_path: Path) -> None:
+    store, folds = make_store(tmp_path)
+    tiles = predictions().loc[:, lambda table: ~table.columns.str.startswith("p_")]
+    values = np.random.default_rng(0).normal(tiles["label"].str.len().to_numpy()[:, None], 4, (len(tiles), 5))
+    about = {"digest": "d", "store_digest": store.content_digest}
+    for name, more in (("good", {}), ("of another store", {"store_digest": "x"}), ("of a run", {"run": {"id": "r"}})):
+        folder = tmp_path / "features" / name
+        ledger.write_json(folder / "features.json", {**about, **more})
+        ledger.write_table(folder / "tiles.parquet", tiles)
+        array = zarr.create_array(folder / "features.zarr", shape=values.shape, dtype="float32")
+        array[:] = values
+        ledger.mark_done(folder, "d")
+    (tmp_path / "features" / "begun").mkdir()
+    assert baselines.feature_digests(tmp_path, store) == ["d"]
+    rows = baselines.feature_baselines(tmp_path, store, folds)
+    assert [row["name"] for row in rows] == ["nsc_good", "nscb_good"]
+    for row, left_out in zip(rows, ("compound", "compound_and_batch"), strict=True):
+        calls = neighbours(tiles, values.astype(np.float32), left_out)
+        assert row["correct"] == calls["correct"].sum()
+        assert (row["total"], row["not_scorable"]) == ((calls["call"] != "").sum(), (calls["call"] == "").sum())
+    assert rows[1]["not_scorable"] > 0
