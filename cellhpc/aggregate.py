@@ -32,7 +32,7 @@
     baselines.{chance, majority, batch_only}      of treatments; null while folds are missing, and with `folds.also`
     conversion                    counts of the store, and the fields that were set aside, each with its reason
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
-    provenance, settings          versions, hosts, commits; the resolved job file
+    provenance, settings          versions, hosts, commits, submissions with their Slurm jobs; the resolved job file
 """
 
 from __future__ import annotations
@@ -54,9 +54,13 @@ from cellhpc import figures, ledger, scores
 from cellhpc.attempts import finished
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
+from cellhpc.gallery import make_gallery
 from cellhpc.montage import montage
 from cellhpc.outliers import outliers, summary
 from cellhpc.report import render_report
+from cellhpc.report.compounds import wrong_treatments
+from cellhpc.study import StudyFolder
+from cellhpc.submission import history
 from cellhpc.tiles import Store
 
 SCHEMA = "cellhpc-scores/1"
@@ -192,11 +196,12 @@ def aggregate(
         "no_montage": "",
         "provenance": {
             "runs": _origin(run.facts for group in models.values() for run in group),
+            "submissions": history(StudyFolder(study)),
             "aggregate": ledger.provenance(),
         },
         "settings": settings,
     }
-    _write(results, document, scored, inputs, store)
+    _write(results, document, scored, inputs, store, outputs.values())
     return document
 
 
@@ -480,6 +485,7 @@ def _write(
     scored: Sequence[tuple[dict[str, Any], dict[str, pd.DataFrame]]],
     inputs: str,
     store: Store | None,
+    outputs: Iterable[Path],
 ) -> None:
     """Write all results, the marker last; remove the matrices of models that an earlier aggregation had."""
     (results / ledger.DONE).unlink(missing_ok=True)
@@ -507,7 +513,9 @@ def _write(
             (results / "montage.png").unlink(missing_ok=True)
             document["no_montage"] = str(fault)
     ledger.write_json(results / "scores.json", document)
-    ledger.write_text(results / "report.html", render_report(document, pictures))
+    treatments = {model["slug"]: tables["treatment"] for model, tables in scored}
+    gallery = make_gallery(store, wrong_treatments(document), outputs)
+    ledger.write_text(results / "report.html", render_report(document, pictures, treatments, gallery=gallery))
     for path in results.glob("confusion-*"):
         if path.stem not in pictures:
             path.unlink()

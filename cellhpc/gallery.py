@@ -189,9 +189,7 @@ def choose(tiles: pd.DataFrame, treatments: Sequence[str], per_treatment: int = 
     return chosen.drop(columns=["lot", "of_well", "rank"])
 
 
-def _tiles_of(
-    store: Store | None, treatments: Sequence[str], cautions: list[str]
-) -> tuple[list[dict[str, Any]], int]:
+def _tiles_of(store: Store | None, treatments: Sequence[str], cautions: list[str]) -> tuple[list[dict[str, Any]], int]:
     """Tiles of treatments, each with its turn and its pixels; and how many there were too many."""
     if store is None or not treatments:
         return [], 0
@@ -203,7 +201,8 @@ def _tiles_of(
     except (UserError, OSError) as fault:
         cautions.append(f"There are no tiles of the treatments that were called wrong: {fault}")
         return [], 0
-    rows = [{**row, "pixels": tile} for row, tile in zip(kept.to_dict("records"), pixels, strict=True)]
+    found = kept[["treatment", "plate", "well", "field", "tile", "turn"]].to_dict("records")
+    rows: list[dict[str, Any]] = [{**row, "pixels": tile} for row, tile in zip(found, pixels, strict=True)]  # type: ignore[dict-item]
     return rows, len(chosen) - len(kept)
 
 

@@ -31,8 +31,7 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
         seeds = f", {len(model['seeds'])} seeds" if len(model["seeds"]) > 1 else ""
         name = Text(f"{model['network']}, {model['initialisation']}{seeds}")
         rest = [
-            f"{percent(levels[level]['accuracy'])} % of {levels[level]['total']}"
-            for level in ("well", "field", "tile")
+            f"{percent(levels[level]['accuracy'])} % of {levels[level]['total']}" for level in ("well", "field", "tile")
         ]
         table.add_row(name, *counted(levels["treatment"]), *rest)
     table.add_section()

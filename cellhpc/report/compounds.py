@@ -88,7 +88,10 @@ class Compound:
 
 
 def compounds_of(
-    scores: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], gallery: Gallery
+    scores: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    p_values: Mapping[str, pd.DataFrame],
+    gallery: Gallery,
 ) -> tuple[Compound, ...]:
     """List the compounds of a study, those with the largest share of wrong calls first.
 
@@ -98,6 +101,9 @@ def compounds_of(
         The document of `scores.json`.
     tables
         Tables of treatments (`scores.combine(...)["treatment"]`) by the slug of the model; may be empty.
+    p_values
+        Of each treatment and class the conformal p-values `marginal_<class>`, by the slug of the model; may be empty:
+        then the sets are those that the document names.
     gallery
         Tiles of treatments.
     """
@@ -106,7 +112,7 @@ def compounds_of(
         for row in model["by_compound"]:
             of = counts.setdefault((row["compound"], row["label"]), {})
             of[model["slug"]] = row["correct"], row["total"]
-    treatments = _treatments(scores, tables, gallery)
+    treatments = _treatments(scores, tables, p_values, gallery)
     slugs = [model["slug"] for model in scores["models"]]
     names = anchors([compound for compound, _ in counts])
     found = [
@@ -131,7 +137,10 @@ def _numbered(stem: str, number: int) -> str:
 
 
 def _treatments(
-    scores: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], gallery: Gallery
+    scores: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    p_values: Mapping[str, pd.DataFrame],
+    gallery: Gallery,
 ) -> dict[tuple[str, str], list[Treatment]]:
     """Treatments by compound and label; in the order of their concentration where it is known, else as they come."""
     said: dict[tuple[str, ...], list[Saying]] = {}
@@ -139,7 +148,7 @@ def _treatments(
     for model in scores["models"]:
         if model["slug"] not in tables:
             continue
-        sets = _sets(model)
+        sets = _sets(model, p_values.get(model["slug"]), scores["classes"])
         columns = [PREFIX + name for name in scores["classes"]]
         for row in tables[model["slug"]].to_dict("records"):
             key = tuple(str(row.get(name, "")) for name in ("compound", "label", "treatment", "fold"))
@@ -150,7 +159,7 @@ def _treatments(
                     str(row["call"]),
                     bool(row["correct"]),
                     tuple(float(row[column]) for column in columns),
-                    sets.get(key[2]),
+                    sets.get((key[2], key[3]), sets.get((key[2], None))),
                 )
             )
     found: dict[tuple[str, str], list[Treatment]] = {}
@@ -162,10 +171,19 @@ def _treatments(
     return found
 
 
-def _sets(model: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Conformal sets of treatments, as far as the document names them."""
-    ranked = (model.get("uncertainty") or {}).get("repeat") or []
-    return {row["treatment"]: tuple(row["set"]) for row in ranked if row.get("set") is not None}
+def _sets(
+    model: Mapping[str, Any], p_values: pd.DataFrame | None, classes: Sequence[str]
+) -> dict[tuple[str, str | None], tuple[str, ...]]:
+    """Conformal sets by treatment and fold: from p-values, else as the document names them, without the fold."""
+    if p_values is None:
+        ranked = (model.get("uncertainty") or {}).get("repeat") or []
+        return {(row["treatment"], None): tuple(row["set"]) for row in ranked if row["set"] is not None}
+    within = p_values[[f"marginal_{name}" for name in classes]].to_numpy() > SET_AT
+    folds = p_values["fold"].astype(str) if "fold" in p_values else [None] * len(p_values)
+    return {
+        (treatment, fold): tuple(name for name, inside in zip(classes, row, strict=True) if inside)
+        for treatment, fold, row in zip(p_values["treatment"], folds, within, strict=True)
+    }
 
 
 def wrong_treatments(scores: Mapping[str, Any]) -> list[str]:

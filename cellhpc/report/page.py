@@ -26,17 +26,21 @@ FIGURES_BYTES = 3_600_000
 REPEAT_SHOWN = 20
 """Treatments of a model that the page ranks for repetition; a table beside it has all."""
 
-_LATER: dict[str, dict[str, Any]] = {
-    "models": {"macro": None, "by_label": None, "spread": None, "uncertainty": None},
+_MAY_LACK: dict[str, dict[str, Any]] = {
+    "scores": {"comparisons": [], "folds": None, "runs": None, "search": [], "quality": {}, "settings": {}},
+    "provenance": {"runs": None, "submissions": [], "aggregate": None},
+    "baselines": {"majority": None, "batch_only": None, "table": None},
+    "model": {"macro": None, "by_label": None, "spread": None, "uncertainty": None, "cost": None},
     "uncertainty": dict.fromkeys(("calibration", "conformal", "decomposition", "rejection", "repeat", "unknown")),
 }
-"""What a document may lack."""
+"""What a document may lack, as that of predictions that no run of ours made."""
 
 
 def render_report(
     scores: Mapping[str, Any],
     pictures: Mapping[str, bytes],
     tables: Mapping[str, pd.DataFrame] | None = None,
+    p_values: Mapping[str, pd.DataFrame] | None = None,
     gallery: Gallery | None = None,
 ) -> str:
     """Write the HTML page of a study.
@@ -49,7 +53,9 @@ def render_report(
         PNG files by name: `confusion`, `learning-curves`, `confusion-<slug>` of each model, and perhaps `montage`,
         `reliability`, `conformal` and `rejection`. The files themselves lie beside the page.
     tables
-        Tables of treatments (`scores.combine(...)["treatment"]`) by the slug of the model, for the sections on compounds.
+        Tables of treatments (`scores.combine(...)["treatment"]`) by the slug of the model, for the compounds' sections.
+    p_values
+        Of each treatment and class the conformal p-values `marginal_<class>`, by the slug of the model.
     gallery
         Tiles of the treatments that were called wrong.
 
@@ -61,11 +67,11 @@ def render_report(
     document = _filled(scores)
     known = {
         "scores": document,
-        "levels": [level for level in SHOWN_LEVELS if level in document["models"][0]["levels"]],
+        "levels": [level for level in SHOWN_LEVELS if any(level in model["levels"] for model in document["models"])],
         "several": max(len(model["seeds"]) for model in document["models"]) > 1,
         **_embedded(pictures),
         "settings": dict(_flat(document["settings"])),
-        "chosen": _chosen(document.get("search", [])),
+        "chosen": _chosen(document["search"]),
         "curves_caption": figures.CURVES_CAPTION,
         "confusion_caption": figures.CONFUSION_CAPTION,
         "shown_from": SHOWN_FROM,
@@ -77,7 +83,7 @@ def render_report(
     template = _environment().get_template("page.html.j2")
 
     def rendered(shown: Gallery) -> str:
-        compounds = compounds_of(document, tables or {}, shown)
+        compounds = compounds_of(document, tables or {}, p_values or {}, shown)
         return template.render(**known, **_of_compounds(compounds), gallery=shown)
 
     whole = gallery or Gallery()
@@ -113,10 +119,11 @@ def _filled(scores: Mapping[str, Any]) -> dict[str, Any]:
     models = []
     for model in scores["models"]:
         uncertainty = model.get("uncertainty")
-        told = {**_LATER["uncertainty"], **uncertainty} if uncertainty else None
-        models.append({**_LATER["models"], **model, "uncertainty": told})
-    baselines = {"table": None, **scores["baselines"]}
-    return {"comparisons": [], **scores, "models": models, "baselines": baselines}
+        told = {**_MAY_LACK["uncertainty"], **uncertainty} if uncertainty else None
+        by_seed = {seed: {"folds": None, **entry} for seed, entry in model["by_seed"].items()}
+        models.append({**_MAY_LACK["model"], **model, "by_seed": by_seed, "uncertainty": told})
+    parts = {name: {**_MAY_LACK[name], **scores.get(name, {})} for name in ("baselines", "provenance")}
+    return {**_MAY_LACK["scores"], **scores, **parts, "models": models}
 
 
 def _of_compounds(compounds: Sequence[Compound]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ def percent(share: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Write a p-value with two digits that count."""
-    if p >= 0.9995:
-        return "p = 1"
-    return f"p = {p:#.2g}" if p >= 0.0001 else "p < 0.0001"
+    """Write a p-value with two digits that count; very small ones as a bound."""
+    if p < 0.0001:
+        return "< 0.0001"
+    return f"{p:#.2g}" if p < 0.995 else "1"
 
 
 def points(difference: float) -> str:
@@ -56,31 +56,16 @@ def wrong_calls(sayings: Sequence[Saying]) -> str:
     by_call: dict[str, list[str]] = {}
     for said in sayings:
         by_call.setdefault(said.call, []).append(said.model)
-    return "; ".join(f"called {call} by {' and '.join(models)}" for call, models in by_call.items())
+    return ". ".join(f"Called {call} by {'; '.join(models)}" for call, models in by_call.items()) + "."
 
 
-def compared(comparison: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
-    """Tell in a sentence how two models differ.
-
-    Parameters
-    ----------
-    comparison
-        An entry of `comparisons` in `scores.json`.
-    models
-        The document's models: the compounds that both have are counted.
-    """
-    names = dict.fromkeys((comparison["a"], comparison["b"]))
-    compounds = [
-        {row["compound"] for row in model["by_compound"]}
-        for model in models
-        if f"{model['network']}, {model['initialisation']}" in names
-    ]
-    over = f"{len(set.intersection(*compounds))} {comparison['units']}" if compounds else comparison["units"]
-    interval = comparison.get("bootstrap95")
+def compared(comparison: Mapping[str, Any]) -> str:
+    """Tell in a sentence how two models differ: an entry of `comparisons` in `scores.json`."""
+    interval, p = comparison["bootstrap95"], p_value(comparison["p_value"])
     spread = f" (95 % interval {points(interval[0])} to {points(interval[1])})" if interval else ""
     return (
         f"{_against(comparison['a'], comparison['b'])}: {points(comparison['difference'])} points{spread}, "
-        f"{p_value(comparison['p_value'])}, {comparison['test']}, paired over {over}."
+        f"p {p if '<' in p else f'= {p}'}, paired over {comparison['compounds']} {comparison['units']}."
     )
 
 
