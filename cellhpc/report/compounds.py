@@ -43,7 +43,7 @@ class Saying:
 
 @dataclass(frozen=True)
 class Treatment:
-    """A treatment of a compound: what the models say, and tiles if one of them is wrong."""
+    """A treatment of a compound: what the models say, and tiles if one of them, or a single run, is wrong."""
 
     name: str
     fold: str
@@ -166,7 +166,7 @@ def _treatments(
     for key in sorted(said, key=lambda key: (key[:2], doses[key])):
         compound, label, treatment, fold = key
         wrong = any(not saying.correct for saying in said[key])
-        tiles = gallery.by_treatment.get(treatment, []) if wrong else []
+        tiles = [one for one in gallery.by_treatment.get(treatment, ()) if wrong or one.map_jpeg]
         found.setdefault((compound, label), []).append(Treatment(treatment, fold, tuple(said[key]), tuple(tiles)))
     return found
 
