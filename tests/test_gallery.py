@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 from cellhpc import gallery, ledger
+from cellhpc.aggregate import aggregate
+from cellhpc.attempts import finished
 from cellhpc.gallery import ATTRIBUTIONS, TILE_PX, Gallery, Shown, choose, make_gallery
 from cellhpc.tiles import Store
 from tests import small
+from tests.made_up import make_study
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,15 @@ def pixels(jpeg: bytes) -> np.ndarray:
         return np.asarray(image)
 
 
-def make_attributions(folder: Path, treatments: list[str], network: str = "ResNet50") -> Path:
-    """Leave what a run leaves: bright tiles whose map is hot in the left half."""
+def make_attributions(folder: Path, treatments: list[str]) -> Path:
+    """Make a run's folder of outputs with attributions."""
     folder.mkdir(parents=True)
+    ledger.write_json(folder / "run.json", {"network": "ResNet50", "initialisation": "xavier", "seed": 3})
+    return leave_attributions(folder, treatments)
+
+
+def leave_attributions(folder: Path, treatments: list[str]) -> Path:
+    """Leave what a run leaves: bright tiles whose map is hot in the left half."""
     n = len(treatments)
     heat = np.zeros((n, 32, 32), np.float16)
     heat[:, :, :16] = 1
@@ -39,7 +48,6 @@ def make_attributions(folder: Path, treatments: list[str], network: str = "ResNe
     arrays = {name: np.array(values) for name, values in (names | places).items()}
     numbers = {"field": np.arange(n), "tile": np.zeros(n, int)}
     np.savez(folder / ATTRIBUTIONS, pixels=np.full((n, 32, 32, 3), 190, np.uint8), map=heat, **arrays, **numbers)
-    ledger.write_json(folder / "run.json", {"network": network, "initialisation": "xavier", "seed": 3})
     return folder
 
 
@@ -128,6 +136,23 @@ def test_what_can_not_be_read_is_named(store: Store, tmp_path: Path) -> None:
     tiles, maps = made.cautions
     assert tiles.startswith("There are no tiles of the treatments that were called wrong: ")
     assert maps.startswith(f"There are no attribution maps of run/001/{ATTRIBUTIONS}, which can't be read: ")
+
+
+def test_the_page_of_a_study_shows_them(store: Store, tmp_path: Path) -> None:
+    compounds = {f"{label}-{number}": label for label in small.CLASSES for number in range(3)}
+    runs = make_study(tmp_path, starts=("xavier",), compounds=compounds, classes=small.CLASSES)
+    outputs = finished(runs[0])
+    assert outputs is not None
+    table = pd.read_parquet(outputs / "predictions.parquet")
+    swapped = {"p_dim": table["p_bright"], "p_bright": table["p_dim"]}
+    ledger.write_table(outputs / "predictions.parquet", table.assign(**swapped))
+    leave_attributions(outputs, ["bright-0 1 uM"])
+    document = aggregate(tmp_path, "made", runs, small.CLASSES, store=store)
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert [row["treatment"] for row in document["models"][0]["wrong"]] == ["bright-0 1 uM", "bright-0 3 uM"]
+    assert page.count('alt="tile"') == gallery.PER_TREATMENT + 1  # the store has nothing of the second
+    assert page.count('alt="map"') == 1
+    assert "What spoke for bright in ResNet50, xavier, seed 0:" in page
 
 
 def test_nothing_to_show() -> None:
