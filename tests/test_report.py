@@ -265,6 +265,21 @@ class TestFullPage:
         few = Gallery(made.gallery.shown[:5], made.gallery.channels)
         assert "were left out" not in render_report(made.document, made.pictures, made.tables, gallery=few)
 
+    def test_where_sections_do_not_fit_those_with_wrong_calls_stay(
+        self, made: MadeUp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counts = []
+        whole = len(render_report(made.document, made.pictures, made.tables).encode())
+        none = len(render_report(made.document, made.pictures).encode())
+        for size in (whole, whole - 1, none + 2000):
+            monkeypatch.setattr("cellhpc.report.page.PAGE_BYTES", size)
+            text = render_report(made.document, made.pictures, made.tables)
+            counts.append(text.count('<details class="compound"'))
+            assert Outline(text).open == []
+            assert ("all treatments are in" in text) == (counts[-1] < 38)
+            assert len(text.encode()) <= size
+        assert counts[0] == 38 > counts[1] > counts[2] == 0
+
     def test_figures_that_are_too_large_are_linked(self, made: MadeUp) -> None:
         large = {**made.pictures, "montage": made.pictures["montage"] + b"0" * 2_000_000}
         page = render_report(made.document, large)

@@ -6,6 +6,7 @@ import base64
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -19,7 +20,7 @@ from cellhpc.report.compounds import SET_AT, SHOWN_FROM, Compound, compounds_of
 
 SHOWN_LEVELS = ("treatment", "compound", "well", "field", "tile")
 PAGE_BYTES = 4_900_000
-"""The page is no larger, unless its tables alone are."""
+"""The page is no larger, unless its tables alone are: first tiles are left out, then sections of compounds."""
 FIGURES_BYTES = 3_600_000
 """Bytes of the figures on the page; those that don't fit are linked, the files lie beside it."""
 
@@ -82,13 +83,17 @@ def render_report(
     }
     template = _environment().get_template("page.html.j2")
 
-    def rendered(shown: Gallery) -> str:
+    def rendered(shown: Gallery, sections_of: str) -> str:
         compounds = compounds_of(document, tables or {}, p_values or {}, shown)
-        return template.render(**known, **_of_compounds(compounds), gallery=shown)
+        told = [one if _has_section(one, sections_of) else replace(one, treatments=()) for one in compounds]
+        return template.render(**known, **_of_compounds(told), sections_of=sections_of, gallery=shown)
 
     whole = gallery or Gallery()
-    without = rendered(whole.within(0))
-    return rendered(whole.within(PAGE_BYTES - len(without.encode()))) if whole.shown else without
+    for sections_of in ("all", "wrong", "none"):
+        page = rendered(whole.within(0), sections_of)
+        if (room := PAGE_BYTES - len(page.encode())) >= 0:
+            break
+    return rendered(whole.within(room), sections_of) if whole.shown else page
 
 
 @functools.cache
@@ -124,6 +129,11 @@ def _filled(scores: Mapping[str, Any]) -> dict[str, Any]:
         models.append({**_MAY_LACK["model"], **model, "by_seed": by_seed, "uncertainty": told})
     parts = {name: {**_MAY_LACK[name], **scores.get(name, {})} for name in ("baselines", "provenance")}
     return {**_MAY_LACK["scores"], **scores, **parts, "models": models}
+
+
+def _has_section(compound: Compound, sections_of: str) -> bool:
+    """Tell whether a compound is told of in a section, where not all of them may fit into the page."""
+    return sections_of == "all" or (sections_of == "wrong" and compound.correct < compound.total)
 
 
 def _of_compounds(compounds: Sequence[Compound]) -> dict[str, Any]:
