@@ -322,12 +322,12 @@ def test_differences_in_words() -> None:
         "difference": 0.6, "bootstrap95": [0.5, 0.702], "p_value": 0.00012,
     }  # fmt: skip
     assert compared(entry) == (
-        "ResNet50, imagenet against xavier: +60.0 points (95 % interval +50.0 to +70.2), p = 0.00012, "
+        "ResNet50, imagenet against xavier: +60.0 points (95 % interval +50.0 to +70.2), p\u00a0=\u00a00.00012, "
         "paired over 38 compounds."
     )
     other = {**entry, "b": "InceptionV3, imagenet", "difference": -0.01, "bootstrap95": None, "p_value": 0.00001}
     assert compared(other) == (
-        "ResNet50, imagenet against InceptionV3, imagenet: −1.0 points, p < 0.0001, paired over 38 compounds."
+        "ResNet50, imagenet against InceptionV3, imagenet: −1.0 points, p\u00a0<\u00a00.0001, paired over 38 compounds."
     )
     assert [p_value(p) for p in (1.0, 0.5, 0.0123, 0.0001)] == ["1", "0.50", "0.012", "0.00010"]
     assert [points(difference) for difference in (0.0, -0.0001, 0.0005)] == ["0.0", "0.0", "0.0"]

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from cellhpc.report.compounds import Saying
 
 
+_NO_BREAK = "\u00a0"
+
+
 def percent(share: float) -> str:
     """Write a share as percent with one digit, without the sign."""
     return f"{100 * share:.1f}"
@@ -65,7 +68,7 @@ def compared(comparison: Mapping[str, Any]) -> str:
     spread = f" (95 % interval {points(interval[0])} to {points(interval[1])})" if interval else ""
     return (
         f"{_against(comparison['a'], comparison['b'])}: {points(comparison['difference'])} points{spread}, "
-        f"p {p if '<' in p else f'= {p}'}, paired over {comparison['compounds']} {comparison['units']}."
+        f"{_NO_BREAK.join(['p', *(p if '<' in p else f'= {p}').split()])}, paired over {comparison['compounds']} {comparison['units']}."
     )
 
 
