@@ -66,9 +66,10 @@ def compared(comparison: Mapping[str, Any]) -> str:
     """Tell in a sentence how two models differ: an entry of `comparisons` in `scores.json`."""
     interval, p = comparison["bootstrap95"], p_value(comparison["p_value"])
     spread = f" (95 % interval {points(interval[0])} to {points(interval[1])})" if interval else ""
+    p = (f"p {p}" if "<" in p else f"p = {p}").replace(" ", _NO_BREAK)
     return (
         f"{_against(comparison['a'], comparison['b'])}: {points(comparison['difference'])} points{spread}, "
-        f"{_NO_BREAK.join(['p', *(p if '<' in p else f'= {p}').split()])}, paired over {comparison['compounds']} {comparison['units']}."
+        f"{p}, paired over {comparison['compounds']} {comparison['units']}."
     )
 
 
