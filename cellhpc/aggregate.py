@@ -47,7 +47,7 @@
       name, words, correct, total, accuracy, wilson95, not_scorable
     conversion                    counts of the store, and the fields that were set aside, each with its reason
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
-    provenance, settings          versions, hosts, commits; the resolved job file
+    provenance, settings          versions, hosts, commits, submissions with their Slurm jobs; the resolved job file
 
 Predictions are read fold by fold and forgotten (see `cellhpc.tally`): time grows with the runs, memory does not.
 """
@@ -74,6 +74,8 @@ from cellhpc.folds import Folds, read_folds
 from cellhpc.outliers import summary
 from cellhpc.results import GrowingTables, Name, write_results
 from cellhpc.runs import CURVES, DRAWS, PREDICTIONS, FinishedRun, FoldReader, read_runs
+from cellhpc.study import StudyFolder
+from cellhpc.submission import history
 from cellhpc.tally import UNKNOWN, ModelTally
 from cellhpc.tiles import Store
 
@@ -211,10 +213,14 @@ def aggregate(
         "conversion": dict(conversion or {}),
         "quality": summary(store.fields) if store else {},
         "no_montage": "",
-        "provenance": {"runs": origin.document(), "aggregate": ledger.provenance()},
+        "provenance": {
+            "runs": origin.document(),
+            "submissions": history(StudyFolder(study)),
+            "aggregate": ledger.provenance(),
+        },
         "settings": settings,
     }
-    write_results(results, document, models, inputs, store)
+    write_results(results, document, models, inputs, store, outputs.values())
     return document
 
 

@@ -29,9 +29,9 @@ def choose_tiles(tiles: pd.DataFrame, labels: Sequence[str], per_label: int) -> 
     A lot is the digest of names, so that neither the order of the rows nor other labels change what is drawn.
     """
     known = tiles[tiles["label"].isin(labels)]
-    one = known.assign(lot=_lots(known, "plate", "well", "field", "tile")).sort_values("lot")
+    one = known.assign(lot=draw_lots(known, "plate", "well", "field", "tile")).sort_values("lot")
     one = one.drop_duplicates(["label", "compound"])
-    drawn = one.assign(lot=_lots(one, "label", "compound")).sort_values("lot").groupby("label").head(per_label)
+    drawn = one.assign(lot=draw_lots(one, "label", "compound")).sort_values("lot").groupby("label").head(per_label)
     return drawn.sort_values(["label", "compound"], ignore_index=True).drop(columns="lot")
 
 
@@ -74,7 +74,8 @@ def montage(store: Store, labels: Sequence[str] | None = None, per_label: int = 
     return sheet
 
 
-def _lots(table: pd.DataFrame, *names: str) -> list[str]:
+def draw_lots(table: pd.DataFrame, *names: str) -> list[str]:
+    """Draw a lot for each row, the digest of what stands in these columns: neither its place nor others change it."""
     rows = table[[*names]].astype(str).agg("/".join, axis=1)
     return [hashlib.sha256(row.encode()).hexdigest() for row in rows]
 

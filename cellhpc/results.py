@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import pandas as pd
 
 from cellhpc import figures, ledger
 from cellhpc.errors import DataError
+from cellhpc.gallery import make_gallery
 from cellhpc.levels import PREFIX, Ladder, Scored, called_units
 from cellhpc.montage import montage
 from cellhpc.outliers import outliers
 from cellhpc.report import render_report
+from cellhpc.report.compounds import wrong_treatments
 from cellhpc.tally import ModelTally
 from cellhpc.tiles import Store
 from cellhpc.uncertainty_figures import conformal_figure, rejection_figure, reliability_figure
@@ -90,6 +92,7 @@ def write_results(
     models: Mapping[Name, ModelTally],
     inputs: str,
     store: Store | None = None,
+    outputs: Iterable[Path] = (),
 ) -> None:
     """Write tables, figures, the document and the page, the marker last; remove what an earlier aggregation had more.
 
@@ -105,6 +108,8 @@ def write_results(
         Digest of all that went into them.
     store
         What the runs learnt from, for the montage and the quality of the pictures.
+    outputs
+        Folders of the outputs of runs, which may hold attributions.
     """
     (results / ledger.DONE).unlink(missing_ok=True)
     classes = document["classes"]
@@ -141,7 +146,15 @@ def write_results(
             (results / "montage.png").unlink(missing_ok=True)
             document["no_montage"] = str(fault)
     ledger.write_json(results / "scores.json", document)
-    ledger.write_text(results / "report.html", render_report(document, pictures))
+    tables = {entry["slug"]: models[entry["network"], entry["initialisation"]] for entry in document["models"]}
+    page = render_report(
+        document,
+        pictures,
+        {slug: model.treatments for slug, model in tables.items()},
+        {slug: p for slug, model in tables.items() if len(p := model.assessment.p_values)},
+        make_gallery(store, wrong_treatments(document), outputs),
+    )
+    ledger.write_text(results / "report.html", page)
     for path in (*results.glob("confusion-*"), *(results / f"{name}{end}" for name in drawn for end in _PICTURE)):
         if path.stem not in pictures:
             path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import os
 import platform
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -187,6 +188,36 @@ def read_submission(folder: Path) -> Submission:
     record = read_json(folder / RECORD)
     jobs = tuple(SlurmJob(**job) for job in record.pop("jobs"))
     return Submission(folder, record.pop("executor"), jobs, record)
+
+
+def history(study: StudyFolder) -> list[dict[str, Any]]:
+    """Tell what was submitted for a study, the oldest first, as its results record it.
+
+    Returns
+    -------
+    list of dict
+        Of each submission its `number`, `executor`, `host`, cellhpc's `version`, the times `began` and `ended` (UTC, or
+        None where it is not recorded), how many `tasks` of each stage, and the `jobs` of Slurm: id, stage and tasks.
+    """
+    told = []
+    for submission in reversed(submissions(study)):
+        about = submission.about
+        told.append(
+            {
+                "number": submission.number,
+                "executor": submission.executor,
+                "host": about.get("host", ""),
+                "version": about.get("version", ""),
+                **{name: _utc(about.get(name)) for name in ("began", "ended")},
+                "tasks": dict(Counter(task.stage for task in submission.tasks.values())),
+                "jobs": [{"id": job.id, "stage": job.stage, "tasks": job.count} for job in submission.jobs],
+            }
+        )
+    return told
+
+
+def _utc(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
 def rank_of_slurm(submission: Path, task: str) -> Path:

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from cellhpc.study import StudyFolder
-from cellhpc.submission import ENDS, SlurmJob, Task, ends, new_submission, pack, read_submission, submissions
+from cellhpc.submission import (
+    ENDS,
+    SlurmJob,
+    Task,
+    ends,
+    history,
+    new_submission,
+    pack,
+    read_submission,
+    submissions,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +77,19 @@ def test_how_a_task_ended_is_read_line_by_line_and_a_line_that_was_cut_off_is_le
     assert (first.host, first.attempt, first.code, first.how) == ("n1", "12-0", 137, "crashed")
     assert second.how == "checkpointed"
     assert ends(tmp_path / "never") == []
+
+
+def test_the_history_of_a_study_names_its_slurm_jobs(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path)
+    assert history(study) == []
+    tasks = [Task("convert-0000", "convert"), *pack(list("abc"), 1, 1, 2, 0)]
+    first = new_submission(study, "slurm", tasks, began=0.0)
+    first.with_job(SlurmJob("17", "convert", 0, 1, False)).with_job(SlurmJob("18", "train", 0, 2, True))
+    new_submission(study, "here", tasks[:1], began=86400.0, host="desk").with_end()
+    slurm, here = history(study)
+    assert slurm["jobs"] == [{"id": "17", "stage": "convert", "tasks": 1}, {"id": "18", "stage": "train", "tasks": 2}]
+    assert slurm["tasks"] == {"convert": 1, "train": 2}
+    assert (slurm["number"], slurm["executor"], slurm["ended"]) == ("0001", "slurm", None)
+    assert slurm["began"] == "1970-01-01 00:00:00"
+    assert (here["began"], here["host"], here["jobs"]) == ("1970-01-02 00:00:00", "desk", [])
+    assert here["ended"] > here["began"]

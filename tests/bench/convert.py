@@ -40,28 +40,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import cv2
-import numpy as np
-import pandas as pd
-import psutil
-import tifffile
-import zarr
-import zarr.codecs
-from numcodecs import Blosc
+if __name__ != "__mp_main__":  # as which Dask's workers read this file again: they need none of it
+    import cv2
+    import numpy as np
+    import pandas as pd
+    import psutil
+    import tifffile
+    import zarr
+    import zarr.codecs
+    from numcodecs import Blosc
 
-from cellhpc.convert import ConversionPlan, convert, plan_conversion
-from cellhpc.correct import TileRecipe, anscombe, cut_tiles, histograms, plate_statistics
-from cellhpc.pixels import read_field
-from cellhpc.quality import measure
-from cellhpc.screens import Screen
-from cellhpc.settings import ConvertSettings
+    from cellhpc.convert import ConversionPlan, convert, plan_conversion
+    from cellhpc.correct import TileRecipe, anscombe, cut_tiles, histograms, plate_statistics
+    from cellhpc.pixels import read_field
+    from cellhpc.quality import measure
+    from cellhpc.screens import Screen
+    from cellhpc.settings import ConvertSettings
+
+    CODEC = Blosc("zstd", 1, Blosc.BITSHUFFLE)  # what tiles and archive have, without Zarr
 
 SIZE = (1024, 1280)
 CHANNELS = ("dna", "tubulin", "actin")
 DMSO_FIELDS = 24
 TILE_PX = 224
-CODEC = Blosc("zstd", 1, Blosc.BITSHUFFLE)
-"""What tiles and archive have, without Zarr."""
 WORKERS = 2
 PLATES, COPIED = 12, 1
 REPEATS = 3
