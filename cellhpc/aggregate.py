@@ -17,6 +17,7 @@
     cautions                      those sentences of the headline that a reader of the numbers must know besides
     combine, classes, abbreviations, folds.{by, also, sha256, total}, runs.{done, expected, missing}
     folds.not_scorable            with `folds.also`: what can't be held out, and its treatments
+    folds.unknown                 whether each fold leaves a label out altogether: what is of that label is not counted
     models[]                      one for each network and initialisation
       network, initialisation, weights, slug, seeds
       levels_of                   "seed 0", or "ensemble of 3 seeds (mean probability of each tile)"
@@ -92,6 +93,11 @@ class FinishedRun:
         """How the run chose its settings, if it did."""
         return self.facts.get("search")
 
+    @property
+    def known(self) -> pd.DataFrame:
+        """The predictions that can be right: without those of the label that the fold leaves out altogether."""
+        return self.predictions[self.predictions["label"] != self.facts["fold"].get("unknown", "")]
+
 
 def aggregate(
     study: Path,
@@ -166,7 +172,7 @@ def aggregate(
     scored = [_score_model(model_runs, classes, how, folds) for model_runs in models.values()]
     wells = pd.concat([tables["well"] for _, tables in scored]).drop_duplicates(["fold", "plate", "well"])
     # Else the training treatments are not all known.
-    whole = set(wells["fold"]) == {fold.name for fold in folds.folds} and not folds.also
+    whole = set(wells["fold"]) == {fold.name for fold in folds.folds} and not (folds.also or folds.unknown)
     missing = [unit.name for unit in runs if unit not in outputs]
     headline = _headline([model for model, _ in scored], len(outputs), len(runs), missing)
     cautions = _cautions(wells, folds, conversion or {})
@@ -182,6 +188,7 @@ def aggregate(
         "folds": {
             **{"by": folds.by, "also": folds.also, "sha256": folds.sha256, "total": len(folds.folds)},
             "not_scorable": folds.not_scorable,
+            "unknown": folds.unknown,
         },
         "runs": {"done": len(outputs), "expected": len(runs), "missing": missing},
         "models": [model for model, _ in scored],
@@ -221,7 +228,7 @@ def _read_runs(outputs: Mapping[Path, Path], classes: Sequence[str], folds: Fold
         run = FinishedRun(unit.name, facts, epochs, predictions.assign(fold=str(facts["fold"]["name"])))
         problems += _problems_of(run, classes, folds)
         runs.append(run)
-    problems += _problems_between(runs)
+    problems += _problems_between(runs, folds)
     if problems:
         raise DataError(
             "The finished runs can't be scored together.",
@@ -246,6 +253,9 @@ def _problems_of(run: FinishedRun, classes: Sequence[str], folds: Folds) -> list
         problems.append(
             f"fold {run.fold} holds out {listing(held_out)}; folds.json: {listing(planned.get(run.fold, ()))}"
         )
+    unknown = next((fold.unknown for fold in folds.folds if fold.name == run.fold), "")
+    if (found := run.facts["fold"].get("unknown", "")) != unknown:
+        problems.append(f"fold {run.fold} leaves out the label {found or 'none'}; folds.json: {unknown or 'none'}")
     if folds.by in run.predictions:
         leaked = set(run.predictions[folds.by].astype(str)) - held_out
         if leaked:
@@ -289,12 +299,12 @@ def _problems_of_search(run: FinishedRun, folds: Folds) -> list[str]:
     return problems
 
 
-def _problems_between(runs: Sequence[FinishedRun]) -> list[str]:
+def _problems_between(runs: Sequence[FinishedRun], folds: Folds) -> list[str]:
     """List what is wrong among runs: held out twice by one model and seed, or histories of different lengths."""
     problems = []
     held_out: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for run in runs:
-        for value in run.facts["fold"]["held_out"]:
+        for value in [run.fold] if folds.unknown else run.facts["fold"]["held_out"]:  # known ones are in several folds
             held_out[(*run.model, run.seed, value)].append(run.id)
     for (network, start, seed, value), ids in held_out.items():
         if len(ids) > 1:
@@ -321,13 +331,13 @@ def _score_model(
     by_seed, tiles = {}, []
     for seed in seeds:
         own = [run for run in runs if run.seed == seed]
-        tiles.append(pd.concat([run.predictions for run in own], ignore_index=True))
+        tiles.append(pd.concat([run.known for run in own], ignore_index=True))
         absent = sorted({fold.name for fold in folds.folds} - {run.fold for run in own})
         by_seed[str(seed)] = {
             "folds": {"done": len(own), "total": len(folds.folds), "missing": absent},
-            "levels": scores.score(scores.combine(tiles[-1], how)),
+            "levels": scores.score(_combine(tiles[-1:], how, folds.unknown)),
         }
-    tables = scores.combine(scores.average_tables(tiles) if len(seeds) > 1 else tiles[0], how)
+    tables = _combine(tiles, how, folds.unknown)
     treatments = tables["treatment"]
     several = f"ensemble of {len(seeds)} seeds (mean probability of each tile)"
     model = {
@@ -356,6 +366,16 @@ def _score_model(
         "cost": _cost(runs),
     }
     return model, tables
+
+
+def _combine(tiles: Sequence[pd.DataFrame], how: scores.How, apart: bool) -> dict[str, pd.DataFrame]:
+    """Combine the tiles of the seeds of a model; `apart` for each fold by itself, where folds share tiles."""
+    if not apart:
+        return scores.combine(scores.average_tables(tiles) if len(tiles) > 1 else tiles[0], how)
+    names = sorted({name for table in tiles for name in table["fold"]})
+    own = [[part for table in tiles if len(part := table[table["fold"] == name])] for name in names]
+    parts = [_combine(tables, how, apart=False) for tables in own]
+    return {level: pd.concat([part[level] for part in parts], ignore_index=True) for level in scores.LEVELS}
 
 
 def _curves(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[int]]]:
@@ -456,7 +476,12 @@ def _cautions(wells: pd.DataFrame, folds: Folds, conversion: Mapping[str, Any]) 
     if aside := conversion.get("set_aside"):
         sentences.append(f"{len(aside)} field(s) could not be read and were set aside; scores.json lists them.")
     shared = wells.groupby("compound")["fold"].nunique()
-    if (shared > 1).any():
+    if folds.unknown:
+        sentences.append(
+            "Each fold leaves a label out altogether. What is of that label is unknown to its network: no answer is "
+            f"right, and it is not counted. Accuracies are of the known {folds.by}s of the other labels."
+        )
+    elif (shared > 1).any():
         sentences.append(
             f"What is held out is the {folds.by}: the same compounds are in training, so this is not the accuracy for "
             "new compounds."

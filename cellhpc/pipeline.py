@@ -125,6 +125,15 @@ class StudyPlan:
             },
         }
 
+    def _render_held_out(self) -> str:
+        """Tell what the folds hold out."""
+        by, also = self.folds.by, self.folds.also
+        if not self.folds.unknown:
+            return f"Hold out each {by}" + (f", and train without its {also}" if also else "")
+        known = [sum(self.folds.labels[one] != (fold.unknown,) for one in fold.held_out) for fold in self.folds.folds]
+        number = " to ".join(map(str, sorted({min(known), max(known)})))
+        return f"Hold out each label with all its {by}s (unknown), and {number} {by}(s) of the other labels (known)"
+
     def _render_search(self) -> list[str]:
         """Tell what each run chooses among, and on what."""
         if not self.job.search:
@@ -153,8 +162,7 @@ class StudyPlan:
             lines.append(self.conversion.render())
         if "train" in stages:
             lines += [
-                f"Hold out each {self.folds.by}"
-                + (f", and train without its {self.folds.also}" if self.folds.also else ""),
+                self._render_held_out(),
                 f"  folds   {len(self.folds.folds)}, of {len(self.folds.classes)} labels{dropped}; "
                 f"split {self.folds.sha256[:12]}",
                 *(

@@ -138,7 +138,7 @@ class TrainSettings(Settings):
     """Scale gradients down to this norm over all of them together, after they are averaged over the ranks."""
 
     class_weights: bool = True
-    """Weight a tile's loss by n / (classes * n_class)."""
+    """Weight a tile's loss by n / (classes * n_class), of the classes that a fold trains on."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all classes."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -150,7 +150,7 @@ class Trainer:
         history
             One dictionary for each epoch: loss, learning rate, seconds, images/s, share of time waiting for data,
             seconds of checkpoints and of predictions (not in the former), peak memory of rank 0 so far, and the
-            held-out accuracy.
+            held-out accuracy, without what is unknown to the fold.
         predictions
             One row a held-out tile: its keys and a probability for each class.
 
@@ -181,7 +181,7 @@ class Trainer:
             predict_seconds = time.perf_counter() - began
             if not np.isfinite(predictions.filter(like="p_").to_numpy()).all():
                 raise self._not_finite("a predicted probability is not finite", at)
-            counts = levels(predictions, "mean")
+            counts = levels(predictions[predictions["label"] != run.fold.unknown], "mean")
             at.next_epoch(
                 {
                     "epoch": at.epoch,
@@ -369,7 +369,11 @@ def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
         "initialisation": run.initialisation,
         "seed": run.seed,
         "tile_px": run.tile_px,
-        "fold": {"name": run.fold.name, "held_out": list(run.fold.held_out)},
+        "fold": {
+            "name": run.fold.name,
+            "held_out": list(run.fold.held_out),
+            **({"unknown": run.fold.unknown} if run.fold.unknown else {}),
+        },
         **({"trained_on_also": sorted(set(learnt[folds.also].astype(str)))} if folds.also else {}),
         "folds_sha256": folds.sha256,
         "digest": run.digest,
@@ -399,6 +403,7 @@ def _peak_memory_mb() -> float:
 
 
 def _class_weights(targets: np.ndarray, classes: int) -> np.ndarray:
-    """Weights n / (classes * n_class), float32 (classes,)."""
+    """Weights n / (classes * n_class), float32 (classes,); a class without tiles counts for nothing and weighs zero."""
     counts = np.bincount(targets, minlength=classes)
-    return (len(targets) / (classes * np.maximum(counts, 1))).astype(np.float32)
+    weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts, weights, 0).astype(np.float32)
