@@ -318,6 +318,9 @@ class SweepSettings(Settings):
     keep_weights: bool = False
     """A finished run keeps its weights, `weights.npz`, for `cellhpc features` and people's own use; runs that were done
     before have none."""
+    attributions: int = Field(0, ge=0)
+    """A finished run keeps, of each treatment that it calls wrong, so many tiles with maps of the pixels that spoke for
+    the call, `attributions.npz`; runs that were done before have none."""
     tensorboard: bool = False
     """Runs write their history for TensorBoard too: `tensorboard --logdir FOLDER/runs`, of the study's folder."""
 

@@ -22,6 +22,7 @@ from cellhpc.errors import DataError, UserError
 from cellhpc.folds import plan_folds, write_folds
 from cellhpc.ledger import read_json, write_json
 from cellhpc.networks import set_weights
+from cellhpc.predictor import DRAWS
 from cellhpc.ranks import OneRank
 from cellhpc.recipe import AUGMENTATIONS
 from cellhpc.settings import FoldsSettings
@@ -51,6 +52,9 @@ def same_run(one: Path, other: Path) -> None:
     """Predictions are equal bit for bit, and histories but for what depends on the clock and the machine."""
     tables = [pd.read_parquet(folder / "predictions.parquet") for folder in (one, other)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert [(folder / DRAWS).exists() for folder in (one, other)] in ([False] * 2, [True] * 2)
+    if (one / DRAWS).exists():
+        assert (one / DRAWS).read_bytes() == (other / DRAWS).read_bytes()
     clock = {"seconds", "images_per_s", "waiting_for_data", "checkpoint_seconds", "predict_seconds", "memory_mb"}
     first, second = (
         [{key: value for key, value in epoch.items() if key not in clock} for epoch in read_json(path)["epochs"]]
@@ -136,7 +140,7 @@ class TestKeptWeights:
         assert kept.read_bytes() == again.read_bytes()
         other = Trainer(either.network.text, data, either.settings, OneRank())
         set_weights(other.model, kept)
-        predicted = other.predict(np.flatnonzero(folds.held_out(data.tiles, run.fold)))
+        predicted = other.predictor.predict(np.flatnonzero(folds.held_out(data.tiles, run.fold)))
         said = pd.read_parquet(kept.with_name("predictions.parquet"))
         pd.testing.assert_frame_equal(predicted, said, check_exact=True)
 
@@ -199,7 +203,9 @@ class TestInterruptions:
 
     def test_two_ranks_go_through_stops_and_a_kill(self, tmp_path: Path) -> None:
         """Ranks 1, 0, 1 are told; rank 0 is superseded, then can't write; rank 1 is killed: none waits for another."""
-        (first,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, "whole", "interrupted", killed=1)
+        draws = {"dropout": 0.3, "dropout_draws": 4}
+        parts = ("whole", "interrupted", json.dumps(draws))
+        (first,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, *parts, killed=1)
         second = read_json(tmp_path / "rank-1.json")
         told = [["Interrupted", 3], ["Interrupted", 2], ["Interrupted", 4]]
         assert first["ends"][:3] == second["ends"][:3] == told
@@ -211,12 +217,18 @@ class TestInterruptions:
         assert first["seconds"] < 60
         unit = tmp_path / small.run(small.data()[1], MOBILENET).id
         assert (unit / "007" / CHECKPOINT).exists()
-        start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest")
+        start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest", json.dumps(draws))
         same_run(outputs(tmp_path / "whole"), outputs(unit))
         kept = [(outputs(folder) / WEIGHTS).read_bytes() for folder in (tmp_path / "whole", unit)]
         assert kept[0] == kept[1]
         record = read_json(outputs(unit) / "run.json")
         assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
+        # One rank draws the same with their weights, of other batches.
+        data, folds = small.data()
+        one = Trainer(MOBILENET, data, small.SETTINGS.model_copy(update=draws), OneRank())
+        set_weights(one.model, outputs(unit) / WEIGHTS)
+        drawn = one.predictor.draw(np.flatnonzero(folds.held_out(data.tiles, folds.folds[0])), seed=0)
+        pd.testing.assert_frame_equal(drawn, pd.read_parquet(outputs(unit) / DRAWS), check_exact=False, atol=1e-5)
 
     def test_two_ranks_with_many_options_are_stopped_after_every_step(self, tmp_path: Path) -> None:
         settings = {
