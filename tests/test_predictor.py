@@ -97,7 +97,7 @@ class TestDraws:
 
     def test_a_run_that_was_interrupted_leaves_the_same_bytes(self, tmp_path: Path) -> None:
         data, folds = small.data(per_compound=4)
-        of = Trainer(MOBILENET, data, settings(dropout=0.5, dropout_draws=3, trained="head"), OneRank())
+        of = Trainer(MOBILENET, data, settings(dropout=0.5, dropout_draws=3), OneRank())
         run, other = small.run(folds, MOBILENET, seed=3), small.run(folds, MOBILENET, fold=1)
         train_run(of, run, folds, tmp_path / "whole")
         for _ in range(2):
@@ -245,23 +245,32 @@ class TestAttributions:
             assert np.array_equal(array, answers[1][name]), name
 
 
+VGG = "VGG16"
+"""Its features tell tiles apart also with weights that are drawn."""
 ALONE = {"trained": "head", "epochs": 3, "optimizer": "adamw", "weight_decay": 0.1, "input_scaling": "keras"}
-MORE = {**ALONE, "dropout": 0.3, "dropout_draws": 2, "predict_rotations": True, "precision": "bfloat16"}
+MORE = {**ALONE, "dropout": 0.3, "dropout_draws": 2, "predict_rotations": True}
 
 
 class TestFixedFeatures:
     """A head that learns alone: the backbone runs once for each tile."""
 
-    @pytest.mark.parametrize("keys", [ALONE, MORE], ids=["few", "many"])
+    @pytest.mark.parametrize(
+        ("network", "keys"),
+        [(VGG, ALONE), (VGG, MORE), (MOBILENET, {**MORE, "precision": "bfloat16"})],
+        ids=["few", "many", "bfloat16"],
+    )
     def test_the_run_is_the_one_that_computes_them_in_every_step(
-        self, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, network: str, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        data, folds = small.data(per_compound=4)
-        run = small.run(folds, MOBILENET, seed=2)
+        data, folds = small.data(per_compound=2)
+        run = small.run(folds, network, seed=2)
         left = []
         for cached in (True, False):
-            of = Trainer(MOBILENET, data, settings(**keys), OneRank())
+            of = Trainer(network, data, settings(**keys), OneRank())
             assert of.predictor.graphs.cached == cached
+            if cached:  # it is stopped, too, and goes on where it was
+                with pytest.raises(Interrupted):
+                    train_run(of, run, folds, tmp_path / str(cached), small.After(1))
             train_run(of, run, folds, tmp_path / str(cached), Watch(attributions=1))
             left.append(outputs(tmp_path / str(cached) / run.id))
             monkeypatch.setattr(TrainSettings, "fixed_features", property(lambda _: False))
@@ -271,7 +280,7 @@ class TestFixedFeatures:
             pd.testing.assert_frame_equal(*tables, check_exact=False, atol=1e-5)
         losses = [[epoch["loss"] for epoch in read_json(folder / "history.json")["epochs"]] for folder in left]
         assert np.allclose(*losses, rtol=1e-5)
-        assert len(set(losses[0])) == 3
+        assert network == MOBILENET or min(abs(np.diff(losses[0]))) > 1e-3
 
     def test_they_are_computed_once_for_all_runs_from_the_same_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data, folds = small.data(per_compound=4)
@@ -304,13 +313,13 @@ class TestFixedFeatures:
     def test_two_ranks_learn_what_one_does(self, tmp_path: Path) -> None:
         keys = {"trained": "head", "predict_rotations": True}
         first, second = start_ranks(
-            "train_program.py", 2, tmp_path, "VGG16", 32, 16, 3, 4, 0.001, json.dumps(keys)
+            "train_program.py", 2, tmp_path, VGG, 32, 16, 3, 4, 0.001, json.dumps(keys)
         )  # fmt: skip
         assert first["checksums"] == second["checksums"]
         assert first["probabilities"] == second["probabilities"]
         data, folds = small.data(per_compound=4)
-        of = Trainer("VGG16", data, settings(**keys, batch_size=16, epochs=3, learning_rate=0.001), OneRank())
-        history, predicted = of.fit(small.run(folds, "VGG16"), folds)
+        of = Trainer(VGG, data, settings(**keys, batch_size=16, epochs=3, learning_rate=0.001), OneRank())
+        history, predicted = of.fit(small.run(folds, VGG), folds)
         losses = [epoch["loss"] for epoch in history]
         assert np.allclose(first["losses"], losses, rtol=1e-4)
         assert np.allclose(first["probabilities"], predicted.filter(like="p_"), atol=1e-4)
