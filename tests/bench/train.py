@@ -230,7 +230,7 @@ def heads() -> dict[str, Any]:
         "batch_norm": "frozen",
         "input_scaling": "keras",
     }
-    how = SMALL | {"threads": CORES, "augment": "none", "runs": 5, "epochs": 5, "train": train}
+    how = SMALL | {"threads": CORES, "augment": "none", "runs": 3, "epochs": 5, "train": train}
     found = {}
     for name, more in (("once", {}), ("anew", {"anew": True})):
         whole = [run["whole"] for run in answer(start("engine", how | more))["runs"]]
