@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ def plain(study: Path, units: list[Path]) -> dict[str, Any]:
 
 def measured(do: Callable[[Path, list[Path]], dict[str, Any]], study: Path, units: list[Path]) -> dict[str, Any]:
     """Do it in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (do, study, units))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, do, study, units).result()
 
 
 def _measure(do: Callable[[Path, list[Path]], dict[str, Any]], study: Path, units: list[Path]) -> dict[str, Any]:
