@@ -19,6 +19,7 @@
     cautions                      those sentences of the headline that a reader of the numbers must know besides
     combine, classes, abbreviations, folds.{by, also, sha256, total}, runs.{done, expected, missing}
     folds.not_scorable            with `folds.also`: what can't be held out, and its treatments
+    folds.unknown                 whether each fold leaves a label out altogether: what is of that label is not counted
     models[]                      one for each network and initialisation
       network, initialisation, weights, slug, seeds
       levels_of                   "seed 0", or "ensemble of 3 seeds (mean probability of each tile)"
@@ -203,6 +204,7 @@ def aggregate(
         "folds": {
             **{"by": folds.by, "also": folds.also, "sha256": folds.sha256, "total": len(folds.folds)},
             "not_scorable": folds.not_scorable,
+            "unknown": folds.unknown,
         },
         "runs": {"done": len(outputs), "expected": len(units), "missing": missing},
         "models": entries,

@@ -26,10 +26,10 @@ from cellhpc.networks import (
     set_weights,
     weights_digest,
 )
+from cellhpc.predictor import PREDICT_TILES
 from cellhpc.record import is_store
 from cellhpc.study import StudyFolder
 from cellhpc.tiles import Store
-from cellhpc.train import PREDICT_TILES
 
 FORMAT = 1
 """Raised when the same source gives other features."""

@@ -270,25 +270,29 @@ class Keeper:
         return progress
 
     def publish(
-        self, predictions: pd.DataFrame, record: Callable[[], dict[str, Any]], weights: Mapping[str, np.ndarray]
+        self,
+        tables: Mapping[str, pd.DataFrame],
+        archives: Mapping[str, Mapping[str, np.ndarray]],
+        record: Callable[[], dict[str, Any]],
     ) -> None:
         """Write what came of the run, and mark it as done with the outputs of this attempt.
 
         Parameters
         ----------
-        predictions, record
-            Its predictions, and what it was.
-        weights
-            The weights that it keeps, by name; without any, there is no file of them.
+        tables, archives
+            Tables, and arrays by their names, each by the name of its file.
+        record
+            Says what the run was.
         """
 
         def write() -> None:
             self._wait()
             attempt = self._claimed
-            attempt.write_table("predictions.parquet", predictions)
-            if weights:
-                with attempt.replacing(WEIGHTS) as temporary:
-                    _save(temporary, weights)
+            for name, table in tables.items():
+                attempt.write_table(name, table)
+            for name, arrays in archives.items():
+                with attempt.replacing(name) as temporary:
+                    _save(temporary, arrays)
             same = [folder for folder in attempt.earlier() if _digest_of(folder) == self.digest]
             facts = {"attempt": attempt.name, "attempts": 1 + len(same), **self._until_now()}
             attempt.write_json("run.json", {**record(), **facts})

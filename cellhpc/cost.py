@@ -21,6 +21,8 @@ class Load:
     batch_size: int
     searching: bool = False
     """It is a candidate of a run's search, and not the run itself."""
+    drawing: bool = False
+    """It predicts once more when it ends, for `train.dropout_draws`."""
 
     @property
     def steps(self) -> int:
@@ -35,7 +37,7 @@ class Load:
     @property
     def predicted(self) -> int:
         """Tiles that it predicts: what it holds out, after every epoch."""
-        return self.epochs * self.held_out
+        return (self.epochs + self.drawing) * self.held_out
 
 
 Job = Sequence[Load]

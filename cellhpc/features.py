@@ -31,8 +31,8 @@ from cellhpc import ledger
 from cellhpc.backbone import Extractor, Source
 from cellhpc.codecs import CODECS
 from cellhpc.errors import DataError, UsageError, listing
+from cellhpc.predictor import PREDICT_TILES
 from cellhpc.progress import progress
-from cellhpc.train import PREDICT_TILES
 
 ABOUT, ARRAY, TABLE, PLATES, PART = "features.json", "features.zarr", "tiles.parquet", "plates", "features.npy"
 READ_TILES = 16 * PREDICT_TILES

@@ -25,7 +25,7 @@ import numpy as np
 from cellhpc.shards import Shards
 
 Pixels = np.ndarray | Shards
-"""Tiles uint8 (n, y, x, channel): in memory, or in their shards."""
+"""Tiles uint8 (n, y, x, channel): in memory, or in their shards; or in memory what a network says of each."""
 
 
 def whole_batches(window_tiles: int | None, batch_size: int) -> int:
@@ -99,7 +99,8 @@ def feed(
     groups = [group for window in cut if (group := batches[max(window.start, start) : window.stop])]
     most = max((sum(map(len, group)) for group in groups), default=0)
     # Two in turn: one is filled while the batches of the other are used.
-    buffers = [np.empty((most, *pixels.shape[1:]), np.uint8) for _ in groups[:2]]
+    kind = np.uint8 if isinstance(pixels, Shards) else pixels.dtype
+    buffers = [np.empty((most, *pixels.shape[1:]), kind) for _ in groups[:2]]
     stop = threading.Event()
 
     def fetch(number: int) -> list[np.ndarray]:

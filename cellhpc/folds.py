@@ -3,11 +3,13 @@
 The split is made from the fields table before a pixel is read. A fold holds out every field of one compound (or of one
 value of another column, as a cell line); all other used fields are its training set. With `folds.also`, those that
 share the batch of what is held out are left out of it too. With a `[search]`, a fold also names its inner values, one
-of each label that can spare it: on them its run chooses, without what the fold holds out.
+of each label that can spare it: on them its run chooses, without what the fold holds out. With `folds.unknown`, a fold
+holds out all compounds of one label, which is unknown to its network, and one of each other label that can spare it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,8 @@ class Fold:
         Values that take no part at all, neither in training nor in predictions.
     also
         Values of `Folds.also` of what is held out: nothing that has one of them is trained on.
+    unknown
+        Label that is held out altogether; what else is held out is known. Empty without `folds.unknown`.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Fold:
     inner: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    unknown: str = ""
 
     def searching(self) -> Fold:
         """Give the fold of this one's search: it holds out the inner values, and does not touch the outer ones."""
@@ -80,6 +85,11 @@ class Folds:
     folds: tuple[Fold, ...]
     also: str = ""
     not_scorable: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether each fold leaves out a label altogether."""
+        return any(fold.unknown for fold in self.folds)
 
     @property
     def sha256(self) -> str:
@@ -133,7 +143,7 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
         `settings.by` or `settings.also` is not a column of the table.
     DataError
         Nothing is labelled, a label has a single compound, which can't be held out, a fold can spare none for its
-        search, or nothing is left to hold out with `settings.also`.
+        search, nothing is left to hold out with `settings.also`, or labels can't be left out altogether.
     """
     by = settings.by
     for key, name in (("by", by), ("also", settings.also)):
@@ -145,6 +155,8 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
     used = fields[fields["role"] == "treatment"]
     groups = used.groupby("label")[by].unique()
     single = {str(label): values[0] for label, values in groups.items() if len(values) == 1}
+    if settings.unknown and settings.on_single_compound == "fail":
+        single = {}  # can be unknown
     if single and settings.on_single_compound == "fail":
         raise DataError(
             f"{len(single)} label(s) have a single {by}, which can't be held out: nothing would be left to learn from.",
@@ -162,7 +174,9 @@ def plan_folds(fields: pd.DataFrame, settings: FoldsSettings, search: bool = Fal
     labels = {str(value): tuple(sorted(set(rows))) for value, rows in used.groupby(used[by].astype(str))["label"]}
     if settings.also:
         return _without_also(Folds(by, classes, labels, tuple(sorted(single)), (), settings.also), used)
-    folds = tuple(Fold(name, (name,), _spare(labels, name) if search else ()) for name in sorted(labels))
+    if settings.unknown:
+        return Folds(by, classes, labels, tuple(sorted(single)), _without_labels(by, classes, labels))
+    folds = tuple(Fold(name, (name,), _spare(labels, name, (name,)) if search else ()) for name in sorted(labels))
     if search and (poor := [fold.name for fold in folds if not fold.inner]):
         raise DataError(
             f"{len(poor)} fold(s) have nothing to choose on: [search] needs a label with two {by}s besides what is "
@@ -200,17 +214,44 @@ def _without_also(folds: Folds, used: pd.DataFrame) -> Folds:
     return replace(folds, folds=tuple(made), not_scorable=not_scorable)
 
 
-def _spare(labels: dict[str, tuple[str, ...]], held_out: str) -> tuple[str, ...]:
-    """Draw the inner values of a fold: one of each label of which another is left to learn from.
+def _without_labels(by: str, classes: tuple[str, ...], labels: dict[str, tuple[str, ...]]) -> tuple[Fold, ...]:
+    """Make the folds that leave out a label altogether, and besides one value of each other label that can spare it."""
+    if several := [f"{by} {value}: {', '.join(own)}" for value, own in labels.items() if len(own) > 1]:
+        raise DataError(
+            f"folds.unknown leaves out one label at a time, and {len(several)} {by}(s) have several.",
+            several,
+            'Hold out what has one label, as folds.by = "compound".',
+        )
+    if len(classes) < 3:
+        raise DataError(
+            f"{len(classes)} labels are too few for folds.unknown: without one of them, at least two must be left to "
+            "tell apart.",
+            remedy="Leave folds.unknown out, or add compounds of other labels.",
+        )
+    folds = []
+    for label in classes:
+        unknown = [value for value, own in labels.items() if label in own]
+        known = _spare(labels, label, unknown)
+        folds.append(Fold(label, tuple(sorted([*unknown, *known])), unknown=label))
+        if not known:
+            raise DataError(
+                f"Without label {label}, no other label can spare a {by}: nothing known could be held out beside it.",
+                remedy=f"Leave folds.unknown out, or add {by}s.",
+            )
+    return tuple(folds)
 
-    The draw depends on fold, label and value alone: another seed of a run asks the same, and so do most folds of a
-    screen that has grown.
+
+def _spare(labels: dict[str, tuple[str, ...]], fold: str, held_out: Collection[str]) -> tuple[str, ...]:
+    """Draw values from what a fold does not hold out: one of each label of which another is left to learn from.
+
+    The draw depends on the fold's name, label and value alone: another seed of a run asks the same, and so do most
+    folds of a screen that has grown.
     """
     inner: list[str] = []
     for label in sorted({label for own in labels.values() for label in own}):
         if any(label in labels[value] for value in inner):
             continue
-        left = [value for value in labels if value != held_out and value not in inner]
+        left = [value for value in labels if value not in held_out and value not in inner]
         able = [
             value
             for value in left
@@ -218,7 +259,7 @@ def _spare(labels: dict[str, tuple[str, ...]], held_out: str) -> tuple[str, ...]
             and all(any(own in labels[other] for other in left if other != value) for own in labels[value])
         ]
         if able:
-            inner.append(min(able, key=lambda value: digest(["inner", held_out, label, value])))
+            inner.append(min(able, key=lambda value: digest(["inner", fold, label, value])))
     return tuple(sorted(inner))
 
 
@@ -232,14 +273,20 @@ def check_folds(folds: Folds, tiles: pd.DataFrame) -> None:
     """
     problems = []
     for fold in folds.folds:
-        if not folds.held_out(tiles, fold).any():
+        asked = tiles.loc[folds.held_out(tiles, fold), "label"] == fold.unknown
+        if fold.unknown and not asked.any():
+            problems.append(f"label {fold.name}: none of its tiles was kept")
+        elif fold.unknown and asked.all():
+            problems.append(f"without label {fold.name}: no tile of what else it holds out was kept")
+        elif asked.empty:
             problems.append(f"{folds.by} {fold.name}: none of its tiles was kept")
         for within in (fold, fold.searching()) if fold.inner else (fold,):
             needed = {label for name in fold.held_out for label in folds.labels[name]} if folds.also else folds.classes
-            unseen = set(needed) - set(tiles.loc[folds.training(tiles, within), "label"])
+            unseen = set(needed) - set(tiles.loc[folds.training(tiles, within), "label"]) - {fold.unknown}
             where = ", in its search" if within.untouched else ""
+            what = "label" if fold.unknown else folds.by
             problems += [
-                f"without {folds.by} {fold.name}{where}: no tile of {label} is left to learn from"
+                f"without {what} {fold.name}{where}: no tile of {label} is left to learn from"
                 for label in sorted(unseen)
             ]
     if problems:
@@ -277,6 +324,7 @@ def read_folds(path: Path) -> Folds:
                 tuple(fold["held_out"]),
                 tuple(fold.get("inner", ())),
                 also=tuple(fold.get("also", ())),
+                unknown=fold.get("unknown", ""),
             )
             for fold in document["folds"]
         ),

@@ -23,8 +23,8 @@ from cellhpc.recipe import TrainSettings
 
 MOST = 64
 """Candidates that a search may have: each is a training of every run."""
-NEVER = ("preset", "inputs", "window_tiles")
-"""Keys of `[train]` that all runs of a study share: what they see, and how it is read."""
+NEVER = ("preset", "inputs", "window_tiles", "dropout_draws")
+"""Keys of `[train]` that all runs of a study share: what they see, how it is read, and what is asked at last."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def trainings(job: Job, run: Run, tiles: Tiles) -> list[Load]:
     """List the trainings of a run: its candidates, if it searches, and the longest of them once more."""
 
     def load(fold: Fold, settings: TrainSettings, searching: bool) -> Load:
-        return Load(run.network, run.tile_px, *tiles[fold], settings.epochs, settings.batch_size, searching)
+        drawing = settings.dropout_draws > 0 and not searching
+        return Load(run.network, run.tile_px, *tiles[fold], settings.epochs, settings.batch_size, searching, drawing)
 
     ways = [candidate.settings for candidate in job.candidates]
     finals = [load(run.fold, settings, searching=False) for settings in ways or [job.train]]

@@ -28,7 +28,8 @@ from cellhpc.tiles import Store
 
 STAGES = ("convert", "train", "aggregate")
 FILES_OF_A_RUN = 5
-"""Who does it, history, predictions, record and marker; its weights, if they are kept, are one more."""
+"""Who does it, history, predictions, record and marker; its weights, if they are kept, are one more, and so are the
+draws of dropout and the attributions."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class StudyPlan:
         sweep, window, candidates = self.job.sweep, self.job.train.window_tiles, len(self.job.candidates)
         totals = self.conversion.totals()
         limit = limit or allowed(sweep.memory_gb, jobs=sweep.parallel_jobs)
+        more = sweep.keep_weights + bool(sweep.attributions) + bool(self.job.train.dropout_draws)
         tile_bytes = len(self.conversion.channels) * max(tile_sizes_px(self.job)) ** 2
         held = held_bytes(totals["tiles"], tile_bytes, window)
         return {
@@ -120,10 +122,18 @@ class StudyPlan:
                 "memory_for_tiles": limit.why,
                 "tiles_too_large": too_large(held, tile_bytes, limit, window),
                 "ranks": sweep.ranks,
-                "files": len(self.runs)
-                * ((FILES_OF_A_RUN + sweep.tensorboard) * (1 + candidates) + sweep.keep_weights),
+                "files": len(self.runs) * ((FILES_OF_A_RUN + sweep.tensorboard) * (1 + candidates) + more),
             },
         }
+
+    def _render_held_out(self) -> str:
+        """Tell what the folds hold out."""
+        by, also = self.folds.by, self.folds.also
+        if not self.folds.unknown:
+            return f"Hold out each {by}" + (f", and train without its {also}" if also else "")
+        known = [sum(self.folds.labels[one] != (fold.unknown,) for one in fold.held_out) for fold in self.folds.folds]
+        number = " to ".join(map(str, sorted({min(known), max(known)})))
+        return f"Hold out each label with all its {by}s (unknown), and {number} {by}(s) of the other labels (known)"
 
     def _render_search(self) -> list[str]:
         """Tell what each run chooses among, and on what."""
@@ -153,8 +163,7 @@ class StudyPlan:
             lines.append(self.conversion.render())
         if "train" in stages:
             lines += [
-                f"Hold out each {self.folds.by}"
-                + (f", and train without its {self.folds.also}" if self.folds.also else ""),
+                self._render_held_out(),
                 f"  folds   {len(self.folds.folds)}, of {len(self.folds.classes)} labels{dropped}; "
                 f"split {self.folds.sha256[:12]}",
                 *(

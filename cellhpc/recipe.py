@@ -138,11 +138,16 @@ class TrainSettings(Settings):
     """Scale gradients down to this norm over all of them together, after they are averaged over the ranks."""
 
     class_weights: bool = True
-    """Weight a tile's loss by n / (classes * n_class)."""
+    """Weight a tile's loss by n / (classes * n_class), of the classes that a fold trains on."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all classes."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the features that the head does not see, drawn anew for each tile of a step."""
+    dropout_draws: int = Field(0, ge=0, le=1000)
+    """With dropout: when a run ends, predict the held-out tiles so many times more with features dropped, to learn how
+    unsure the network is (Monte Carlo dropout, Gal & Ghahramani 2016). A draw is a network of its own: it drops the
+    same features of all tiles, and of all runs with the same seed. They are in `draws.parquet`; the predictions drop
+    nothing. The backbone, whose own dropout is off, runs once for all draws."""
     augment: Annotated[AugmentSettings, BeforeValidator(_named)] = AUGMENTATIONS["kensert2019"]
     """A name or a table. `none`; `rotations`: one of eight rotations and mirrors; `kensert2019`: these, channel gain,
     blur and noise."""
@@ -150,7 +155,8 @@ class TrainSettings(Settings):
     trained: Literal["all", "head", "head_first"] = "all"
     """What learns: the whole network, as in the paper; its head alone; or the head alone in the first `head_epochs` and
     then all, with an optimiser that starts anew. While the head alone learns, the backbone predicts: its weights and
-    statistics stay bit for bit, and its own dropout is off."""
+    statistics stay bit for bit, and its own dropout is off. If it is the head alone to the end, without augmentation
+    and with all tiles in memory, the backbone runs once for each tile, for all epochs and runs of a process."""
     head_epochs: int = Field(1, ge=1)
     """With `trained = "head_first"`, the epochs of the head alone."""
     batch_norm: Literal["batch", "frozen", "synchronised"] = "batch"
@@ -199,11 +205,22 @@ class TrainSettings(Settings):
             raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}; it must be below epochs ({self.epochs})")
         if self.trained == "head_first" and self.head_epochs >= self.epochs:
             raise ValueError(f"head_epochs is {self.head_epochs}; it must be below epochs ({self.epochs})")
+        if self.dropout_draws and not self.dropout:
+            raise ValueError(
+                f"dropout_draws is {self.dropout_draws} and dropout is 0: all draws would be the same; set dropout, as "
+                "dropout = 0.3"
+            )
         if self.xla and self.batch_norm == "synchronised":
             raise ValueError(
                 'xla and batch_norm = "synchronised" exclude each other: XLA can\'t wait for other ranks amid a pass'
             )
         return self
+
+    @property
+    def fixed_features(self) -> bool:
+        """Whether the backbone says the same of a tile in every step of every run that starts with its weights."""
+        how = self.augment
+        return self.trained == "head" and not (how.rotations or how.gains or how.blur or how.noise)
 
     def graph(self) -> TrainSettings:
         """Give these settings with the defaults for those that only the steps know: what a compiled network is of."""

@@ -188,6 +188,8 @@ def _problems_of(
     fold = split.folds.get(name, Fold(name, ()))
     if set(fold.held_out) != held_out:
         yield f"fold {name} holds out {listing(held_out)}; folds.json: {listing(fold.held_out)}"
+    if (unknown := facts["fold"].get("unknown", "")) != fold.unknown:
+        yield f"fold {name} leaves out the label {unknown or 'none'}; folds.json: {fold.unknown or 'none'}"
     if trained := held_out & set(facts.get("trained_on", ())):
         yield f"holds out {split.by} {listing(trained)}, which it trained on: a leak"
     inner = set(fold.inner)

@@ -27,6 +27,7 @@ from cellhpc.errors import DataError
 from cellhpc.folds import Folds
 from cellhpc.grid import Candidate, describe
 from cellhpc.ledger import digest, read_json
+from cellhpc.predictor import PREDICTIONS
 from cellhpc.ranks import Ranks
 from cellhpc.recipe import TrainSettings
 from cellhpc.scores import PREFIX, combine
@@ -173,7 +174,7 @@ def _asked(unit: Path, run: Run, by: str) -> dict[str, Any]:
     if folder is None:
         raise DataError(f"{unit} is not done any more")
     facts = read_json(folder / "run.json")
-    predictions = pd.read_parquet(folder / "predictions.parquet")
+    predictions = pd.read_parquet(folder / PREDICTIONS)
     fields = combine(predictions, "mean")["field"]
     return {
         "log_probability": log_probability(predictions, by),

@@ -274,6 +274,20 @@ class FoldsSettings(Settings):
     A label that a training set lacks is never right there; it can't be asked either."""
     on_single_compound: Literal["fail", "drop"] = "fail"
     """A label with a single compound can't be learnt when that compound is held out: refuse, or drop the label."""
+    unknown: bool = False
+    """How unsure is a network of what it never learnt? Hold out whole labels instead, one after the other: a fold
+    trains on no compound of its label (unknown to it), and besides not on one compound of each other label that can
+    spare one (known, for comparison). Accuracies count the known ones only: no answer is right for the others. A label
+    with a single compound stays, unless it is dropped: it can be unknown, and is never among the known."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        if self.unknown and self.also:
+            raise ValueError(
+                "unknown and also exclude each other: without the batches of all that a fold then holds out, hardly "
+                "anything would be left to learn from"
+            )
+        return self
 
 
 class SweepSettings(Settings):
@@ -304,6 +318,9 @@ class SweepSettings(Settings):
     keep_weights: bool = False
     """A finished run keeps its weights, `weights.npz`, for `cellhpc features` and people's own use; runs that were done
     before have none."""
+    attributions: int = Field(0, ge=0)
+    """A finished run keeps, of each treatment that it calls wrong, so many tiles with maps of the pixels that spoke for
+    the call, `attributions.npz`; runs that were done before have none."""
     tensorboard: bool = False
     """Runs write their history for TensorBoard too: `tensorboard --logdir FOLDER/runs`, of the study's folder."""
 
@@ -359,6 +376,11 @@ class Job(Settings):
             raise ValueError(
                 "search and folds.also exclude each other: inner compounds share their batches with training, and "
                 "would choose for another question; choose without folds.also, and give [train] what was chosen"
+            )
+        if self.search and self.folds.unknown:
+            raise ValueError(
+                "search and folds.unknown exclude each other: what is chosen would be another network than the one "
+                "whose doubts are asked for; choose without folds.unknown, and give [train] what was chosen"
             )
         for candidate in self.candidates:
             if candidate.settings.batch_size % self.sweep.ranks:

@@ -12,7 +12,7 @@ from cellhpc.ledger import digest
 from cellhpc.networks import Network, initialisation, parse_network, weights_digest
 from cellhpc.settings import Job
 
-TRAINING_FORMAT = 2
+TRAINING_FORMAT = 3
 """Raised when the same settings train differently: runs of an earlier format are done again."""
 
 SEARCH = "search"

@@ -24,8 +24,9 @@ import numpy as np
 import pandas as pd
 
 from cellhpc.attempts import Superseded, finished
+from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.batch_norm import set_batch_norm
-from cellhpc.checkpoint import Interrupted, Keeper, Progress, Variables
+from cellhpc.checkpoint import WEIGHTS, Interrupted, Keeper, Progress, Variables
 from cellhpc.data import Data, load_data
 from cellhpc.errors import UserError
 from cellhpc.feed import feed, shuffle, whole_batches
@@ -33,19 +34,16 @@ from cellhpc.folds import Folds
 from cellhpc.inputs import mix
 from cellhpc.ledger import provenance
 from cellhpc.networks import Network, build, named_weights, parse_network
+from cellhpc.predictor import DRAWS, PREDICTIONS, Predictor
 from cellhpc.ranks import Ranks
 from cellhpc.recipe import TrainSettings
 from cellhpc.schedule import learning_rate
 from cellhpc.scores import levels
-from cellhpc.step import Graphs, clear_optimizer, make_optimizer, trained_variables
+from cellhpc.step import Graphs, clear_optimizer, head_layers, make_optimizer, trained_variables
 from cellhpc.sweep import Run
 
-KEYS = (
-    "plate", "batch", "well", "field", "tile", "compound", "concentration", "unit", "treatment", "replicate", "label",
-)  # fmt: skip
-"""Columns of the predictions before the probabilities `p_<class>`; what the folds hold out follows if it isn't here."""
-PREDICT_TILES = 64
-"""Tiles in one prediction step of a rank."""
+FEATURE_BYTES = 2**28
+"""Features of all tiles that a process may keep where they are larger than its share of the tiles."""
 
 
 __all__ = [
@@ -73,6 +71,8 @@ class Watch:
         A checkpoint is written when the last one is older.
     keep_weights
         A run that is finished keeps its weights.
+    attributions
+        Of each treatment that it calls wrong, it keeps so many tiles with maps (`cellhpc.attributions`).
     tensorboard
         Runs write their history for TensorBoard too.
     steps_done
@@ -82,6 +82,7 @@ class Watch:
     stop_asked: bool = False
     checkpoint_seconds: float = 600.0
     keep_weights: bool = False
+    attributions: int = 0
     tensorboard: bool = False
     steps_done: int = 0
 
@@ -114,10 +115,29 @@ class Trainer:
             settings, trained_variables(self.model, "head" if settings.trained == "head" else "all")
         )
         self.variables = Variables(self.model, self.optimizer, ranks)
-        graphs = Graphs(self.network, self.model, self.optimizer, data.channels, self._side_px, settings, ranks)
+        graphs = Graphs(
+            self.network,
+            self.model,
+            self.optimizer,
+            data.channels,
+            self._side_px,
+            settings,
+            ranks,
+            cached=self._keeps_features(),
+        )
+        self._features_of: tuple[str, int | None] | None = None
         parts = dict.fromkeys((settings.part(1), settings.part(settings.epochs)))
         self._steps = {part: graphs.training(part) for part in parts}
-        self._predict = graphs.prediction()
+        self.predictor = Predictor(graphs, data, ranks)
+        """Asks the network, as it is at that moment, of tiles."""
+
+    def _keeps_features(self) -> bool:
+        """Tell whether what the backbone says of all tiles is kept: it does not change, and is not larger than they."""
+        pixels, settings = self.data.pixels, self.settings
+        if not (settings.fixed_features and isinstance(pixels, np.ndarray)):
+            return False
+        width = int(head_layers(self.model)[0].input.shape[1]) * (8 if settings.predict_rotations else 1)
+        return len(pixels) * width * 4 <= max(pixels.nbytes // self.ranks.size, FEATURE_BYTES)
 
     def use(self, settings: TrainSettings) -> None:
         """Train with other settings from now on; `TrainSettings.graph` of both is the same."""
@@ -150,7 +170,7 @@ class Trainer:
         history
             One dictionary for each epoch: loss, learning rate, seconds, images/s, share of time waiting for data,
             seconds of checkpoints and of predictions (not in the former), peak memory of rank 0 so far, and the
-            held-out accuracy.
+            held-out accuracy, without what is unknown to the fold.
         predictions
             One row a held-out tile: its keys and a probability for each class.
 
@@ -177,11 +197,11 @@ class Trainer:
             self._agree(run, at.epoch)
             at.seconds += time.perf_counter() - began
             began = time.perf_counter()
-            predictions = self.predict(held_out)
+            predictions = self.predictor.predict(held_out)
             predict_seconds = time.perf_counter() - began
             if not np.isfinite(predictions.filter(like="p_").to_numpy()).all():
                 raise self._not_finite("a predicted probability is not finite", at)
-            counts = levels(predictions, "mean")
+            counts = levels(predictions[predictions["label"] != run.fold.unknown], "mean")
             at.next_epoch(
                 {
                     "epoch": at.epoch,
@@ -215,10 +235,11 @@ class Trainer:
         share = settings.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         together = whole_batches(settings.window_tiles, settings.batch_size)
-        order = shuffle(self.data.pixels, training, [run.seed, at.epoch], settings.batch_size, together)
+        given = self.predictor.given
+        order = shuffle(given, training, [run.seed, at.epoch], settings.batch_size, together)
         # Repeats tiles only where there are fewer than one batch.
         order = np.resize(order, (steps, settings.batch_size))[:, mine]
-        with feed(self.data.pixels, list(order), together, at.step) as fetched:
+        with feed(given, list(order), together, at.step) as fetched:
             self._train_steps(run, order, fetched, class_weights, at, keeper, watch)
 
     def _train_steps(
@@ -236,14 +257,14 @@ class Trainer:
         train = self._steps[settings.part(at.epoch)]
         while at.step < steps:
             began = time.perf_counter()
-            pixels, labels = next(fetched), targets[order[at.step]]
+            given, labels = next(fetched), targets[order[at.step]]
             at.waiting_seconds += time.perf_counter() - began
             number = (at.epoch - 1) * steps + at.step
             self.optimizer.learning_rate.assign(learning_rate(settings, number, steps, self.ranks.size))
             due = keeper is not None and keeper.is_due(watch.checkpoint_seconds)
             asked = np.array([watch.stop_asked, due], np.float32)
             with self.ranks.collective():
-                seen = train(pixels, labels, class_weights[labels], self._draw(run.seed, number), asked)
+                seen = train(given, labels, class_weights[labels], self._draw(run.seed, number), asked)
                 loss, stop, save = map(float, seen.numpy())
             at.step += 1
             if not math.isfinite(loss):
@@ -259,24 +280,6 @@ class Trainer:
                 keeper.write_checkpoint(at, wait=bool(stop))
             if stop:
                 raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
-
-    def predict(self, rows: np.ndarray) -> pd.DataFrame:
-        """Predict tiles by their row numbers (n,), shared by the ranks; every rank gets the whole table."""
-        count, size = len(rows), self.ranks.size
-        mine = rows[self.ranks.rank :: size]
-        batches = [mine[start : start + PREDICT_TILES] for start in range(0, len(mine), PREDICT_TILES)]
-        together = whole_batches(self.settings.window_tiles, PREDICT_TILES * size)
-        with feed(self.data.pixels, batches, together) as fetched:
-            parts = [np.asarray(self._predict(pixels)) for pixels in fetched]
-        own = np.concatenate(parts) if parts else np.zeros((0, len(self.data.classes)), np.float32)
-        gathered = self.ranks.gather(own)
-        order = np.concatenate([np.arange(count)[rank::size] for rank in range(size)])
-        probabilities = np.empty_like(gathered)
-        probabilities[order] = gathered
-        keys = list(dict.fromkeys([*KEYS, self.data.by]))
-        table = self.data.tiles.iloc[rows][keys].reset_index(drop=True)
-        columns = [f"p_{label}" for label in self.data.classes]
-        return pd.concat([table, pd.DataFrame(probabilities, columns=columns)], axis=1)
 
     def _reset(self, run: Run) -> None:
         """Set weights and optimiser to the start of a run; the same on every rank, broadcast to be sure."""
@@ -295,6 +298,9 @@ class Trainer:
                 draw = np.random.default_rng([run.seed, number, self.ranks.rank, 2])
                 layer.seed_generator.state.assign(draw.integers(0, 2**31 - 1, 2))
         self.ranks.broadcast([weight.value for weight in self.model.weights if "float" in weight.dtype])
+        of = run.weights, run.seed if run.weights == "xavier" else None
+        if self.predictor.graphs.cached and self._features_of != of:
+            self.predictor.given, self._features_of = self.predictor.features(), of
 
     def _draw(self, seed: int, at: int) -> np.ndarray:
         """Seed of the augmentation of one step on this rank, int32 (2,)."""
@@ -352,10 +358,19 @@ def train_run(
     if done_on_ranks[0]:  # rank 0 decides: a shared file system may show the marker to some ranks later
         return
     keeper = Keeper(unit, run.digest, trainer.variables, about, bool(watch and watch.tensorboard))
+    watch = watch or Watch()
     _, predictions = trainer.fit(run, folds, keeper, watch)
-    kept = watch and watch.keep_weights and not run.fold.untouched  # those of a search are of no use later
-    weights = named_weights(trainer.model) if kept else {}
-    keeper.publish(predictions, lambda: {**_record(trainer, run, folds), **(facts or {})}, weights)
+    tables: dict[str, pd.DataFrame] = {PREDICTIONS: predictions}
+    archives: dict[str, dict[str, np.ndarray]] = {}
+    if not run.fold.untouched:  # what more is left of a search is of no use later
+        rows, ask = np.flatnonzero(folds.held_out(trainer.data.tiles, run.fold)), trainer.predictor
+        if trainer.settings.dropout_draws:
+            tables[DRAWS] = ask.draw(rows, run.seed)
+        if watch.keep_weights:
+            archives[WEIGHTS] = named_weights(trainer.model)
+        if watch.attributions:
+            archives[ATTRIBUTIONS] = ask.attribute(rows, predictions, watch.attributions, run.fold.unknown)
+    keeper.publish(tables, archives, lambda: {**_record(trainer, run, folds), **(facts or {})})
 
 
 def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
@@ -369,7 +384,11 @@ def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:
         "initialisation": run.initialisation,
         "seed": run.seed,
         "tile_px": run.tile_px,
-        "fold": {"name": run.fold.name, "held_out": list(run.fold.held_out)},
+        "fold": {
+            "name": run.fold.name,
+            "held_out": list(run.fold.held_out),
+            **({"unknown": run.fold.unknown} if run.fold.unknown else {}),
+        },
         **({"trained_on_also": sorted(set(learnt[folds.also].astype(str)))} if folds.also else {}),
         "folds_sha256": folds.sha256,
         "digest": run.digest,
@@ -399,6 +418,7 @@ def _peak_memory_mb() -> float:
 
 
 def _class_weights(targets: np.ndarray, classes: int) -> np.ndarray:
-    """Weights n / (classes * n_class), float32 (classes,)."""
+    """Weights n / (classes * n_class), float32 (classes,); a class without tiles counts for nothing and weighs zero."""
     counts = np.bincount(targets, minlength=classes)
-    return (len(targets) / (classes * np.maximum(counts, 1))).astype(np.float32)
+    weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts, weights, 0).astype(np.float32)

@@ -186,6 +186,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     job = study.read_job()
     watch.checkpoint_seconds = job.sweep.checkpoint_minutes * 60
     watch.keep_weights = job.sweep.keep_weights
+    watch.attributions = job.sweep.attributions
     watch.tensorboard = job.sweep.tensorboard
     folds = read_folds(study.folds)
     store = Store.open(study.store(job), read_json(study.plates))

@@ -161,9 +161,9 @@ def test_steps_tiles_and_bytes_are_those_of_a_real_run(tmp_path: Path, monkeypat
     data = load_data(store, folds, 32, window_tiles=24)
     assert isinstance(data.pixels, Shards)
     trainer = Trainer(MOBILENET, data, settings, OneRank())
-    steps, predictions = Counted(trainer._steps["all"]), Counted(trainer._predict)
+    steps, predictions = Counted(trainer._steps["all"]), Counted(trainer.predictor.step)
     monkeypatch.setattr(trainer, "_steps", {"all": steps})
-    monkeypatch.setattr(trainer, "_predict", predictions)
+    monkeypatch.setattr(trainer.predictor, "step", predictions)
     read.clear()
     history, _ = trainer.fit(run, folds)
     (network,) = model(settings).networks

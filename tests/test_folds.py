@@ -249,3 +249,83 @@ def test_49_of_the_real_treatments_can_be_scored_without_their_week(cellhpc_data
     folds = plan_folds(read_screen(job.screen).fields, job.folds)
     assert folds.not_scorable == {"mevinolin/lovastatin": 3, "simvastatin": 3}
     assert len(folds.folds) == 16
+
+
+MECHANISMS = {"a1": "A", "a2": "A", "a3": "A", "b1": "B", "b2": "B", "c1": "C"}
+"""Of C there is one compound: it can be unknown, and is never spared."""
+
+
+class TestUnknownLabels:
+    """Folds that leave a whole label out."""
+
+    def test_the_split_of_six_compounds_by_hand(self) -> None:
+        table = fields(MECHANISMS)
+        folds = plan_folds(table, FoldsSettings(unknown=True))
+        assert (folds.by, folds.classes, folds.dropped, folds.unknown) == ("compound", ("A", "B", "C"), (), True)
+        held_out = {fold.unknown: fold.held_out for fold in folds.folds}
+        assert held_out == {"A": ("a1", "a2", "a3", "b1"), "B": ("a3", "b1", "b2"), "C": ("a1", "b1", "c1")}
+        assert [fold.name for fold in folds.folds] == ["A", "B", "C"]
+        for fold in folds.folds:
+            training = set(table.loc[folds.training(table, fold), "compound"])
+            assert training == set(MECHANISMS) - set(fold.held_out)
+            assert set(table.loc[folds.held_out(table, fold), "compound"]) == set(fold.held_out)
+            assert {MECHANISMS[name] for name in training} == {"A", "B", "C"} - {fold.unknown}
+        check_folds(folds, table)
+
+    def test_the_known_compounds_are_drawn_as_those_of_a_search(self) -> None:
+        """Without the unknown label, the draw of its fold is that of any fold that has its name."""
+        table = fields(MECHANISMS)
+        folds = plan_folds(table, FoldsSettings(unknown=True))
+        without = {**{name: label for name, label in MECHANISMS.items() if label != "C"}, "C": "C", "also C": "C"}
+        (same,) = (fold for fold in plan_folds(fields(without), FoldsSettings(), search=True).folds if fold.name == "C")
+        assert set(same.inner) == set(folds.folds[2].held_out) - {"c1"}
+        more = plan_folds(fields({**MECHANISMS, "d1": "D", "d2": "D"}), FoldsSettings(unknown=True))
+        for fold, grown in zip(folds.folds, more.folds, strict=False):
+            assert set(fold.held_out) < set(grown.held_out)
+
+    def test_twelve_folds_of_the_real_screen(self, cellhpc_data: Path) -> None:
+        settings = Bbbc021Screen(layout="bbbc021", path=cellhpc_data, tables=cellhpc_data / "bbbc021_metadata")
+        table = read_screen(settings).fields
+        folds = plan_folds(table, FoldsSettings(unknown=True))
+        assert [fold.unknown for fold in folds.folds] == list(folds.classes)
+        assert len(folds.folds) == 12
+        for fold in folds.folds:
+            training = table[folds.training(table, fold)]
+            assert set(training["label"]) == set(folds.classes) - {fold.unknown}
+            known = Counter(folds.labels[value][0] for value in fold.held_out if folds.labels[value] != (fold.unknown,))
+            assert known == dict.fromkeys(sorted(set(folds.classes) - {fold.unknown}), 1)
+
+    def test_a_single_compound_is_dropped_if_that_is_asked(self) -> None:
+        table = fields({**MECHANISMS, "d1": "D", "d2": "D"})
+        folds = plan_folds(table, FoldsSettings(unknown=True, on_single_compound="drop"))
+        assert (folds.classes, folds.dropped) == (("A", "B", "D"), ("C",))
+
+    def test_the_file_keeps_them(self, tmp_path: Path) -> None:
+        folds = plan_folds(fields(MECHANISMS), FoldsSettings(unknown=True))
+        write_folds(tmp_path / "folds.json", folds)
+        assert read_folds(tmp_path / "folds.json") == folds
+        assert not plan_folds(TABLE, FoldsSettings()).unknown
+
+    def test_what_can_not_be_left_out_is_refused(self) -> None:
+        unknown = FoldsSettings(unknown=True)
+        with pytest.raises(DataError, match=r"2 labels are too few for folds.unknown: without one of them, at least"):
+            plan_folds(TABLE, unknown)
+        lonely = fields({"a1": "A", "a2": "A", "b1": "B", "c1": "C"})
+        with pytest.raises(DataError, match="Without label A, no other label can spare a compound"):
+            plan_folds(lonely, unknown)
+        lines = fields(MECHANISMS).assign(cell_line=["MCF7", "A549"] * 6)
+        with pytest.raises(DataError, match=r"leaves out one label at a time, and 2 cell_line\(s\) have sev") as fault:
+            plan_folds(lines, FoldsSettings(by="cell_line", unknown=True))
+        assert fault.value.problems == ("cell_line A549: A, B, C", "cell_line MCF7: A, B")
+
+    def test_a_fold_that_conversion_left_without_known_or_unknown_tiles_is_refused(self) -> None:
+        table = fields(MECHANISMS)
+        folds = plan_folds(table, FoldsSettings(unknown=True))
+        with pytest.raises(DataError) as fault:
+            check_folds(folds, table[~table["compound"].isin(["b1", "c1"])])
+        assert fault.value.problems == (
+            "without label A: no tile of what else it holds out was kept",
+            "without label A: no tile of C is left to learn from",
+            "without label B: no tile of C is left to learn from",
+            "label C: none of its tiles was kept",
+        )

@@ -57,6 +57,12 @@ def test_a_job_that_was_written_down_has_the_same_candidates() -> None:
         ({"epochs": [8, 8]}, {}, r"the candidates epochs = 8 and epochs = 8 are the same; name it once"),
         ({"epoch": [8, 9]}, {}, r"search.epoch: this can't be searched. Allowed: epochs, batch_size, learning_rate"),
         ({"inputs": [["dna"], ["actin"]]}, {}, r"search.inputs: this can't be searched"),
+        ({"dropout_draws": [5, 9]}, {"dropout": 0.5}, r"search.dropout_draws: this can't be searched"),
+        (
+            {"dropout": [0.0, 0.5]},
+            {"dropout": 0.5, "dropout_draws": 9},
+            r"the candidate dropout = 0.0 is not allowed: dropout_draws is 9 and dropout is 0: all draws would be the",
+        ),
         ({"epochs": [4, 8]}, {"warmup_epochs": 5}, r"the candidate epochs = 4 is not allowed: warmup_epochs is 5"),
         ({"learning_rate": [0.1, -1]}, {}, r"the candidate learning_rate = -1 is not allowed: learning_rate: Input"),
         ({"batch_size": [8, 9]}, {}, r"the candidate batch_size = 9 can't be shared equally by sweep.ranks 2"),

@@ -46,7 +46,7 @@ def test_a_network_predicts_from_its_inputs_alone() -> None:
         trainer = Trainer("MobileNet(alpha=0.25)", tiles, how, OneRank())
         for variable, values in zip(trainer.model.weights, weights(trainer), strict=True):
             variable.assign(values)
-        predicted.append(np.asarray(trainer._predict(tiles.pixels)))
+        predicted.append(np.asarray(trainer.predictor.step(tiles.pixels)))
     assert np.array_equal(*predicted)
     assert not np.array_equal(predicted[0][0], predicted[0][1])
 

@@ -97,6 +97,16 @@ def test_one_command_from_raw_plates_to_a_scored_result_on_two_ranks(finished: t
     assert "chance" in said.lower()
 
 
+def test_the_plan_of_folds_that_leave_labels_out(tmp_path: Path, raw: Path, cellhpc: Cellhpc) -> None:
+    done = cellhpc("run", job_file(tmp_path, raw), "--dry-run", "--set", "folds.unknown=true")
+    assert done.returncode == 0, done.stderr
+    held_out = "Hold out each label with all its compounds (unknown), and 2 compound(s) of the other labels (known)"
+    assert held_out in done.stdout
+    assert "folds   3, of 3 labels" in done.stdout
+    steps = 2 * (2 * 12 * 4 // 16)  # two epochs; two of six compounds are left, of 12 fields with four tiles
+    assert f"steps   {3 * steps:,} of 16 tiles at most" in done.stdout
+
+
 def test_a_second_call_does_nothing_and_says_so(finished: tuple[Path, str], cellhpc: Cellhpc) -> None:
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}

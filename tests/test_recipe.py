@@ -76,6 +76,10 @@ def test_names_and_tables_of_augmentation() -> None:
         ({"warmup_epochs": 10}, r"warmup_epochs is 10; it must be below epochs \(10\)"),
         ({"trained": "head_first", "head_epochs": 10}, r"head_epochs is 10; it must be below epochs \(10\)"),
         ({"xla": True, "batch_norm": "synchronised"}, r'xla and batch_norm = "synchronised" exclude each other'),
+        (
+            {"dropout_draws": 5},
+            r"dropout_draws is 5 and dropout is 0: all draws would be the same; set dropout, as dropout",
+        ),
         ({"precision": "float64"}, r"train.precision: found 'float64'. Input should be 'float32', 'bfloat16' or"),
     ],
 )

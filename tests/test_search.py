@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 
 from cellhpc.attempts import finished
+from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.data import Data
 from cellhpc.folds import Fold, Folds, plan_folds
 from cellhpc.grid import Candidate, candidates
 from cellhpc.ledger import read_json
+from cellhpc.predictor import DRAWS, PREDICTIONS
 from cellhpc.ranks import OneRank
 from cellhpc.recipe import TrainSettings
 from cellhpc.search import FLOOR, KEPT, Trainers, best, log_probability, train_chosen
@@ -123,6 +125,20 @@ def test_it_chooses_what_a_network_without_the_held_out_compound_chooses(
     assert (found["chosen"], found["values"]) == (chosen.name, chosen.values)
     _, expected = trainers.of(chosen.settings).fit(run, folds)
     pd.testing.assert_frame_equal(expected, predictions(whole), check_exact=True)
+
+
+def test_draws_and_attributions_are_of_the_run_and_not_of_its_search(folds: Folds, tmp_path: Path) -> None:
+    data, _ = small.data()
+    keys = {"trained": "head", "dropout": 0.3, "dropout_draws": 2}
+    grid = candidates(SETTINGS.model_copy(update=keys), {"epochs": (1, 2)})
+    few = Trainers(lambda settings: Trainer(MOBILENET, data, settings, OneRank()))
+    run = small.run(folds, MOBILENET)
+    choose(few, run, folds, tmp_path, grid, Watch(attributions=1))
+    left = {path.name for path in outputs(tmp_path / run.id).iterdir()}
+    assert left == {"attempt.json", "history.json", "run.json", PREDICTIONS, DRAWS, ATTRIBUTIONS}
+    for candidate in grid:
+        left = {path.name for path in outputs(tmp_path / run.id / "search" / candidate.name).iterdir()}
+        assert left == {"attempt.json", "history.json", "run.json", PREDICTIONS}
 
 
 def test_the_record_says_what_was_chosen_and_on_what(whole: Path, folds: Folds) -> None:

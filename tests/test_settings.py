@@ -83,6 +83,14 @@ def test_variables_of_the_environment_in_paths(tmp_path: Path, monkeypatch: pyte
             ("[screen]", "[train]\nbatch_size = 9\n[sweep]\nranks = 2\n[screen]"),
             r"train.batch_size 9 can't be shared equally by sweep.ranks 2; choose a multiple",
         ),
+        (
+            ("[screen]", '[folds]\nunknown = true\nalso = "batch"\n[screen]'),
+            r"folds: unknown and also exclude each other: without the batches of all that a fold then holds out",
+        ),
+        (
+            ("[screen]", "[folds]\nunknown = true\n[search]\nepochs = [1, 2]\n[screen]"),
+            r"search and folds.unknown exclude each other: .*choose without folds.unknown",
+        ),
         (("[screen]", "[sweep]\nseeds = [1, 1]\n[screen]"), r"sweep: seeds names a value twice"),
         (("[screen]", "[screen"), r"job.toml: not a TOML file"),
     ],

@@ -49,11 +49,12 @@ def test_a_digest_covers_what_the_result_depends_on_and_nothing_else(folds: Fold
         return plan_runs(planned, folds, store)[0].digest
 
     base = first()
-    assert first(parallel_jobs=2, runs_per_job=5) == base
+    assert first(parallel_jobs=2, runs_per_job=5, attributions=3) == base
     assert first(seeds=[0, 1]) == base
     assert first(ranks=2) != base  # batch statistics and augmentation see a rank's share
     assert first(store="other") != base
     assert first(train={"epochs": 3}) != base
+    assert first(train={"dropout": 0.5}) != first(train={"dropout": 0.5, "dropout_draws": 9})
     assert first(tile_px=64) != base
     assert first(search={"epochs": (3, 4)}) != base
     weights.write_bytes(b"2")

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import resource
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,13 +15,17 @@ import pandas as pd
 import pytest
 
 from cellhpc import checkpoint
+from cellhpc.aggregate import aggregate
 from cellhpc.attempts import Superseded, finished
 from cellhpc.checkpoint import CHECKPOINT, WEIGHTS, read_checkpoint
-from cellhpc.errors import UserError
-from cellhpc.ledger import read_json
+from cellhpc.errors import DataError, UserError
+from cellhpc.folds import plan_folds, write_folds
+from cellhpc.ledger import read_json, write_json
 from cellhpc.networks import set_weights
+from cellhpc.predictor import DRAWS
 from cellhpc.ranks import OneRank
 from cellhpc.recipe import AUGMENTATIONS
+from cellhpc.settings import FoldsSettings
 from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, train_run
 from tests import small
 from tests.ranks_at_work import start_ranks
@@ -46,6 +52,9 @@ def same_run(one: Path, other: Path) -> None:
     """Predictions are equal bit for bit, and histories but for what depends on the clock and the machine."""
     tables = [pd.read_parquet(folder / "predictions.parquet") for folder in (one, other)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert [(folder / DRAWS).exists() for folder in (one, other)] in ([False] * 2, [True] * 2)
+    if (one / DRAWS).exists():
+        assert (one / DRAWS).read_bytes() == (other / DRAWS).read_bytes()
     clock = {"seconds", "images_per_s", "waiting_for_data", "checkpoint_seconds", "predict_seconds", "memory_mb"}
     first, second = (
         [{key: value for key, value in epoch.items() if key not in clock} for epoch in read_json(path)["epochs"]]
@@ -131,7 +140,7 @@ class TestKeptWeights:
         assert kept.read_bytes() == again.read_bytes()
         other = Trainer(either.network.text, data, either.settings, OneRank())
         set_weights(other.model, kept)
-        predicted = other.predict(np.flatnonzero(folds.held_out(data.tiles, run.fold)))
+        predicted = other.predictor.predict(np.flatnonzero(folds.held_out(data.tiles, run.fold)))
         said = pd.read_parquet(kept.with_name("predictions.parquet"))
         pd.testing.assert_frame_equal(predicted, said, check_exact=True)
 
@@ -194,7 +203,9 @@ class TestInterruptions:
 
     def test_two_ranks_go_through_stops_and_a_kill(self, tmp_path: Path) -> None:
         """Ranks 1, 0, 1 are told; rank 0 is superseded, then can't write; rank 1 is killed: none waits for another."""
-        (first,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, "whole", "interrupted", killed=1)
+        draws = {"dropout": 0.3, "dropout_draws": 4}
+        parts = ("whole", "interrupted", json.dumps(draws))
+        (first,) = start_ranks("resume_program.py", 2, tmp_path / "1", tmp_path, *parts, killed=1)
         second = read_json(tmp_path / "rank-1.json")
         told = [["Interrupted", 3], ["Interrupted", 2], ["Interrupted", 4]]
         assert first["ends"][:3] == second["ends"][:3] == told
@@ -206,12 +217,18 @@ class TestInterruptions:
         assert first["seconds"] < 60
         unit = tmp_path / small.run(small.data()[1], MOBILENET).id
         assert (unit / "007" / CHECKPOINT).exists()
-        start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest")
+        start_ranks("resume_program.py", 2, tmp_path / "2", tmp_path, "rest", json.dumps(draws))
         same_run(outputs(tmp_path / "whole"), outputs(unit))
         kept = [(outputs(folder) / WEIGHTS).read_bytes() for folder in (tmp_path / "whole", unit)]
         assert kept[0] == kept[1]
         record = read_json(outputs(unit) / "run.json")
         assert (record["attempt"], record["attempts"], record["interruptions"]) == ("008", 8, 4)
+        # One rank draws the same with their weights, of other batches.
+        data, folds = small.data()
+        one = Trainer(MOBILENET, data, small.SETTINGS.model_copy(update=draws), OneRank())
+        set_weights(one.model, outputs(unit) / WEIGHTS)
+        drawn = one.predictor.draw(np.flatnonzero(folds.held_out(data.tiles, folds.folds[0])), seed=0)
+        pd.testing.assert_frame_equal(drawn, pd.read_parquet(outputs(unit) / DRAWS), check_exact=False, atol=1e-5)
 
     def test_two_ranks_with_many_options_are_stopped_after_every_step(self, tmp_path: Path) -> None:
         settings = {
@@ -374,3 +391,62 @@ def test_each_network_of_the_paper_trains_on_two_ranks_at_its_own_size(
 
 def test_class_weights_are_those_of_the_paper() -> None:
     assert _class_weights(np.array([0, 0, 0, 1]), 2).tolist() == pytest.approx([4 / (2 * 3), 4 / (2 * 1)])
+
+
+def test_a_class_that_a_fold_does_not_train_on_changes_no_weight() -> None:
+    assert _class_weights(np.array([0, 0, 0, 2]), 3).tolist() == pytest.approx([4 / (2 * 3), 0, 4 / (2 * 1)])
+
+
+def test_a_study_that_leaves_labels_out_is_trained_and_scored_on_what_is_known(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    table = trainer.data.tiles
+    folds = plan_folds(table, FoldsSettings(unknown=True))
+    write_folds(tmp_path / "folds.json", folds)
+    runs = [small.run(folds, MOBILENET, fold, seed) for seed in (0, 1) for fold in range(3)]
+    for run in runs:
+        train_run(trainer, run, folds, tmp_path / "runs")
+        record = read_json(outputs(tmp_path / "runs" / run.id) / "run.json")
+        assert record["fold"] == {
+            "name": run.fold.name, "held_out": list(run.fold.held_out), "unknown": run.fold.unknown
+        }  # fmt: skip
+        assert set(record["trained_on"]) == set(table["compound"]) - set(run.fold.held_out)
+        assert not any(name.startswith(run.fold.unknown) for name in record["trained_on"])
+        predicted = pd.read_parquet(outputs(tmp_path / "runs" / run.id) / "predictions.parquet")
+        assert Counter(predicted["label"]) == {
+            label: 3 * 8 if label == run.fold.unknown else 8 for label in small.CLASSES
+        }
+        (*_, last) = read_json(outputs(tmp_path / "runs" / run.id) / "history.json")["epochs"]
+        assert last["held_out"]["tile"]["total"] == 2 * 8
+        assert last["held_out"]["treatment"]["total"] == 2
+
+    def scores() -> dict[str, Any]:
+        return aggregate(tmp_path, "unknown", [tmp_path / "runs" / run.id for run in runs], folds.classes)
+
+    document = scores()
+    assert document["folds"]["unknown"]
+    (model,) = document["models"]
+    # Two known compounds in each fold, one treatment each; the same compound may be known in two folds.
+    totals = {level: count["total"] for level, count in model["levels"].items()}
+    assert totals == {"tile": 3 * 16, "field": 3 * 4, "well": 3 * 2, "treatment": 3 * 2}
+    known = [
+        pd.read_parquet(outputs(tmp_path / "runs" / run.id) / "predictions.parquet").query("label != @run.fold.unknown")
+        for run in runs
+    ]
+    mean = [  # over the seeds
+        first.filter(like="p_").add(second.filter(like="p_")).idxmax(axis=1) == "p_" + first["label"]
+        for first, second in zip(known[:3], known[3:], strict=True)
+    ]
+    assert model["levels"]["tile"]["correct"] == sum(map(sum, mean))
+    assert model["curves"]["all"]["tile"]["total"] == [2 * 3 * 16] * 2
+    assert document["baselines"]["majority"] is None
+    (caution,) = document["cautions"]
+    assert "no answer is right, and it is not counted" in caution
+    record = outputs(tmp_path / "runs" / runs[0].id) / "run.json"
+    facts = read_json(record)
+    write_json(record, {**facts, "fold": {**facts["fold"], "unknown": "dim"}})
+    with pytest.raises(DataError, match=r"run-0-0: fold bright leaves out the label dim; folds.json: bright"):
+        scores()
+    write_json(record, {**facts, "trained_on": [*facts["trained_on"], "bright-0"]})
+    with pytest.raises(DataError, match="run-0-0: holds out compound bright-0, which it trained on: a leak"):
+        scores()

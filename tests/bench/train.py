@@ -10,9 +10,10 @@
 - two whole, limit whole: the same where each rank has as many tiles of a step as the one process has above
 
 Then what a run costs beside its steps when it is not the first of its process (its weights, its predictions, its
-files), and what checkpoints cost, which are written far more often than a study does it. Each line is a process of its
-own; they take turns, so that a machine's moods reach all of them alike. The first epoch, in which graphs are made, is
-not counted.
+files); what checkpoints cost, which are written far more often than a study does it; and what a run costs of which the
+head alone learns, where the backbone runs once for all runs and where it runs in every step. Each line is a process of
+its own; they take turns, so that a machine's moods reach all of them alike. The first epoch, in which graphs are made,
+is not counted.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
 
     per_compound = -(-how["batch_size"] * how["steps"] // 8)  # eight of the nine compounds are trained on
     data, folds = small.data(how["side_px"], per_compound)
-    update = {key: how[key] for key in ("batch_size", "epochs")} | {"augment": how["augment"]}
+    update = {key: how[key] for key in ("batch_size", "epochs")} | {"augment": how["augment"]} | how.get("train", {})
+    if "anew" in how:
+        type(small.SETTINGS).fixed_features = property(lambda _: False)
     settings = type(small.SETTINGS).model_validate({**small.SETTINGS.model_dump(), **update})
     with joined() as ranks, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(how["network"], data, settings, ranks)
@@ -73,11 +76,12 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
             while len(list(Path(how["beside"]).iterdir())) < 2:
                 time.sleep(0.01)
         seconds = []
-        for seed in range(how.get("runs", 1)):
-            run = small.run(folds, how["network"], seed=seed, side_px=how["side_px"])
+        for number in range(how.get("runs", 1)):
+            fold, seed = (number, 0) if "train" in how else (0, number)  # another seed draws another backbone
+            run = small.run(folds, how["network"], fold, seed, side_px=how["side_px"])
             every = how.get("checkpoint_seconds", [600.0])
             began = time.perf_counter()
-            train_run(trainer, run, folds, Path(folder), Watch(checkpoint_seconds=every[seed % len(every)]))
+            train_run(trainer, run, folds, Path(folder), Watch(checkpoint_seconds=every[number % len(every)]))
             whole = time.perf_counter() - began
             if ranks.rank:  # rank 0 has written it all
                 continue
@@ -226,6 +230,28 @@ def checkpoints() -> dict[str, Any]:
     return {"every_s": CHECKPOINT_SECONDS, "cost": cost, "waited": waited}
 
 
+def heads() -> dict[str, Any]:
+    """Runs of one process, a fold each; the first, which makes graphs and features, apart."""
+    train = {
+        "preset": "fast",
+        "trained": "head",
+        "optimizer": "adamw",
+        "batch_norm": "frozen",
+        "input_scaling": "keras",
+    }
+    how = SMALL | {"threads": CORES, "augment": "none", "runs": 3, "epochs": 5, "train": train}
+    found = {}
+    for name, more in (("once", {}), ("anew", {"anew": True})):
+        whole = [run["whole"] for run in answer(start("engine", how | more))["runs"]]
+        found[name] = {"first_s": whole[0], "next_s": statistics.median(whole[1:])}
+    once, anew = found["once"], found["anew"]
+    print(f"a head alone, 5 epochs of {how['steps']} steps, {how['network']} at {how['side_px']} px: a run takes "
+          f"{once['next_s']:.2f} s where the backbone runs once for all, the first {once['first_s']:.2f} s; "
+          f"{anew['next_s']:.2f} s where it runs in every step, the first {anew['first_s']:.2f} s: "
+          f"{anew['next_s'] / once['next_s']:.0f} times as long")  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS)
@@ -237,7 +263,7 @@ def main() -> None:
         return
     small = measure(SMALL, given.repeats, parallel=True)
     large = measure(LARGE, 1, parallel=False)
-    beside = {"packed": packed(), "checkpoints": checkpoints()}
+    beside = {"packed": packed(), "checkpoints": checkpoints(), "heads": heads()}
     print(json.dumps({"bench": "train", "cores": CORES, "small": small, "large": large, **beside}))
 
 
