@@ -387,7 +387,7 @@ class TestUnknownLabels:
         labels = {name: (label,) for name, label in COMPOUNDS.items()}
         beside = {"Actin disruptors": "cisplatin", "DNA damage": "PP-2", "Epithelial": "cisplatin"}
         names = {label: [name for name, own in COMPOUNDS.items() if own == label] for label in CLASSES}
-        made = tuple(Fold(label, tuple(sorted([*names[label], beside[label]]))) for label in CLASSES)
+        made = tuple(Fold(label, tuple(sorted([*names[label], beside[label]])), unknown=label) for label in CLASSES)
         folds = Folds("compound", CLASSES, labels, (), made)
         write_folds(study / "folds.json", folds)
         table = predictions(seed=5)
@@ -411,6 +411,13 @@ class TestUnknownLabels:
         unknown = model["uncertainty"]["unknown"]
         assert (unknown["known"], unknown["unknown"]) == (6, 14)
         assert set(pd.read_csv(left_out / "results" / "compounds.csv")["compound"]) == {"cisplatin", "PP-2"}
+
+    def test_a_run_that_says_otherwise_than_the_split_is_refused(self, left_out: Path) -> None:
+        unit = units(left_out)[0]
+        facts = ledger.read_json(outputs(unit) / "run.json")["fold"]
+        change(unit, fold={"name": facts["name"], "held_out": facts["held_out"]})
+        with pytest.raises(DataError, match=r"leaves out the label none; folds.json: Actin disruptors"):
+            again(left_out)
 
     def test_a_fold_that_was_trained_twice_is_refused(self, left_out: Path) -> None:
         first = units(left_out)[0]
