@@ -112,7 +112,7 @@ def _predicted(fields: pd.DataFrame, values: NDArray, folds: Folds) -> pd.DataFr
         model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
         model.fit(values[training], labels[training])
         found = np.zeros((asked.sum(), len(folds.classes)))
-        found[:, np.searchsorted(folds.classes, model.classes_)] = model.predict_proba(values[asked])
+        found[:, [folds.classes.index(name) for name in model.classes_]] = model.predict_proba(values[asked])
         names = ["plate", "well", "field", "treatment", "compound", "label"]
         keys = fields.loc[asked, names].reset_index(drop=True).assign(fold=fold.name)
         table = pd.concat([keys, pd.DataFrame(found, columns=[PREFIX + name for name in folds.classes])], axis=1)
