@@ -68,6 +68,7 @@ import pandas as pd
 
 from cellhpc import figures, ledger, scores
 from cellhpc.attempts import finished
+from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.baselines import feature_baselines, feature_digests, intensity_baselines
 from cellhpc.compare import comparisons, ensembles
 from cellhpc.errors import DataError, listing
@@ -228,7 +229,7 @@ def aggregate(
 
 def _identity(unit: Path, folder: Path) -> list[Any]:
     """Tell a run from a later one: its digest, its attempt, and the sizes and times of its files."""
-    files = [folder / name for name in ("run.json", "history.json", PREDICTIONS, DRAWS)]
+    files = [folder / name for name in ("run.json", "history.json", PREDICTIONS, DRAWS, ATTRIBUTIONS)]
     found = [file.stat() for file in files if file.exists()]
     return [ledger.done_digest(unit), folder.name, *((facts.st_size, facts.st_mtime_ns) for facts in found)]
 

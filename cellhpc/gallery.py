@@ -22,13 +22,12 @@ import pandas as pd
 from PIL import Image
 
 from cellhpc import ledger
+from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.errors import UserError
 from cellhpc.montage import draw_lots
 from cellhpc.sheet import channel_colours, in_colour, resize
 from cellhpc.tiles import Store
 
-ATTRIBUTIONS = "attributions.npz"
-"""What a run with `sweep.attributions` leaves: tiles that it called wrong, and their maps."""
 TILE_PX = 96
 """Side of a tile on the page."""
 PER_TREATMENT = 6

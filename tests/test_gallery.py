@@ -14,7 +14,8 @@ from PIL import Image
 from cellhpc import gallery, ledger
 from cellhpc.aggregate import aggregate
 from cellhpc.attempts import finished
-from cellhpc.gallery import ATTRIBUTIONS, TILE_PX, Gallery, Shown, choose, make_gallery
+from cellhpc.attributions import ATTRIBUTIONS
+from cellhpc.gallery import TILE_PX, Gallery, Shown, choose, make_gallery
 from cellhpc.tiles import Store
 from tests import small
 from tests.made_up import make_study
