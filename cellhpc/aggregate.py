@@ -74,8 +74,9 @@ from cellhpc.compare import comparisons, ensembles
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
 from cellhpc.outliers import summary
+from cellhpc.predictor import DRAWS, PREDICTIONS
 from cellhpc.results import GrowingTables, Name, write_results
-from cellhpc.runs import CURVES, DRAWS, PREDICTIONS, FinishedRun, FoldReader, read_runs
+from cellhpc.runs import CURVES, FinishedRun, FoldReader, read_runs
 from cellhpc.study import StudyFolder
 from cellhpc.submission import history
 from cellhpc.tally import UNKNOWN, ModelTally

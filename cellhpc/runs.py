@@ -21,10 +21,9 @@ from cellhpc import ledger
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Fold, Folds
 from cellhpc.levels import KEYS, PREFIX, Ladder, sound
+from cellhpc.predictor import DRAWS, PREDICTIONS
 from cellhpc.tally import UNKNOWN, Predicted
 
-PREDICTIONS, DRAWS = "predictions.parquet", "draws.parquet"
-"""What a run says of its held-out tiles; the same of each draw of dropout, where there are draws."""
 CURVES = ("tile", "field", "well", "treatment")
 """Levels of the learning curves."""
 
