@@ -13,7 +13,7 @@ import jinja2
 import pandas as pd
 
 from cellhpc import figures
-from cellhpc.gallery import TILE_PX, Gallery
+from cellhpc.gallery import PER_TREATMENT, TILE_PX, Gallery
 from cellhpc.grid import describe
 from cellhpc.report import words
 from cellhpc.report.compounds import SET_AT, SHOWN_FROM, Compound, compounds_of
@@ -89,6 +89,7 @@ def render_report(
         "page_mb": round(PAGE_BYTES / 1e6),
         "repeat_shown": REPEAT_SHOWN,
         "tile_px": TILE_PX,
+        "per_treatment": PER_TREATMENT,
     }
     template = _environment().get_template("page.html.j2")
 
