@@ -10,13 +10,15 @@ One table, in MB/s of raw pixels (the files' bytes, each field counted once; the
 Then what the archive costs beside, in MB/s of the pixels that it holds:
 
 - codec: compression of the fields from memory alone, in two processes
+- disk: writing as many bytes as the archive has, past the page cache, in two processes, a file for each field
 - added: the archive in the same pass, from the seconds that it adds to the conversion
 - alone: the archive of a store that is there, reading every file again
 - ome-zarr-py: the same fields written by OME's own library in two processes, as its documentation does, no pyramid;
   of 84 fields
 
-And Zarr's own sharded write with and without the `zarrs` codec pipeline. ``--plates 1,4,16`` asks how time and the
-scheduler's memory grow instead. ``--fields N`` treatment fields a plate, with 24 of DMSO: 300, or 60 with --plates.
+And Zarr's own sharded write with and without the `zarrs` codec pipeline. ``--archive`` asks for what the archive costs
+alone, ``--plates 1,4,16`` how time and the scheduler's memory grow. ``--fields N`` treatment fields a plate, with 24 of
+DMSO: 300, or 60 with --plates.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -204,6 +207,16 @@ def compress_all(plan: ConversionPlan, pictures: list[np.ndarray], rank: int) ->
             CODEC.encode(np.ascontiguousarray(plane))
 
 
+def write_files(folder: Path, count: int, field_bytes: int, rank: int) -> None:
+    """Write a file for each field, in whole pages, until it is on the disk."""
+    pages = mmap.mmap(-1, -(-field_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+    for number in range(rank, count, WORKERS):
+        file = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        os.write(file, pages)
+        os.fsync(file)
+        os.close(file)
+
+
 def ome_zarr_all(plan: ConversionPlan, folder: Path, rank: int) -> None:
     """Write plates as ome-zarr-py's documentation does: a group a well, an image a field."""
     from ome_zarr.writer import write_image, write_plate_metadata, write_well_metadata
@@ -247,6 +260,9 @@ def compare_archive(top: Path, screen: Screen, few: ConversionPlan) -> dict[str,
     seconds["alone"] = timed(lambda: convert(plan_of(screen, top / "store-2", archive=top / "archive"), WORKERS))
     on_disk_mb = sum(path.stat().st_size for path in (top / "archive").rglob("*") if path.is_file()) / 1e6
     shutil.rmtree(top / "archive")
+    (top / "disk").mkdir()
+    seconds["disk"] = timed(lambda: in_two(write_files, top / "disk", fields, int(1e6 * on_disk_mb / fields)))
+    shutil.rmtree(top / "disk")
     share = sum(len(plate.sources) for plate in few.plates) / fields
     seconds["ome-zarr-py"] = timed(lambda: in_two(ome_zarr_all, few, top / "ome-zarr-py")) / share
     print(f"archive of {fields} fields, {archived_mb:,.0f} MB of pixels in {on_disk_mb:,.0f} MB on the disk")
@@ -387,6 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plates", type=lambda text: [int(word) for word in text.split(",")])
     parser.add_argument("--fields", type=int)
+    parser.add_argument("--archive", action="store_true")
     parser.add_argument("--convert", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.convert:
@@ -394,7 +411,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
-        found = grow(top, given.plates, given.fields or 60) if given.plates else compare(top, given.fields or 300)
+        if given.plates:
+            found = grow(top, given.plates, given.fields or 60)
+        elif given.archive:
+            screen = make_plates(top / "raw", 2, given.fields or 300, COPIED)
+            few = plan_of(make_plates(top / "few", 1, 60), top / "few-store")
+            found = {"archive": compare_archive(top, screen, few)}
+        else:
+            found = compare(top, given.fields or 300)
     print(json.dumps({"bench": "convert", "cores": os.cpu_count(), **found}))
 
 
