@@ -179,6 +179,7 @@ def aggregate(
             )
         (results / ledger.DONE).unlink(missing_ok=True)  # the tables take their names now
     entries = [_entry(own, models[name], folds) for name, own in of_models.items()]
+    tell_apart(entries)
     missing = [unit.name for unit in units if unit not in outputs]
     cautions = _cautions(asked, folds, conversion or {})
     incomplete = (
@@ -224,7 +225,7 @@ def aggregate(
         },
         "settings": settings,
     }
-    write_results(results, document, models, inputs, store, outputs.values())
+    write_results(results, document, models, inputs, store, outputs.values(), folds)
     return document
 
 
@@ -285,6 +286,16 @@ def _entry(runs: Sequence[FinishedRun], model: ModelTally, folds: Folds) -> dict
 def slug(network: str, start: str) -> str:
     """Name of a model in file names."""
     return re.sub(r"[^\w.]+", "-", f"{network} {start}").strip("-")
+
+
+def tell_apart(entries: Sequence[dict[str, Any]]) -> None:
+    """Give slugs a number that several models would have."""
+    used: set[str] = set()
+    for entry in entries:
+        stem = entry["slug"]
+        numbered = (stem if number == 1 else f"{stem}-{number}" for number in range(1, len(entries) + 1))
+        entry["slug"] = next(name for name in numbered if name.lower() not in used)
+        used.add(entry["slug"].lower())
 
 
 def _curves(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[int]]]:

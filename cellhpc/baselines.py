@@ -28,7 +28,7 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.features import Features
 from cellhpc.folds import Folds
 from cellhpc.levels import PREFIX, combine
-from cellhpc.profiles import LEFT_OUT, neighbours
+from cellhpc.profiles import LEFT_OUT, LeftOut, neighbours
 from cellhpc.scores import score
 from cellhpc.tiles import Store
 
@@ -92,9 +92,11 @@ def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:
     if folds.by == "compound" and set(plates[controls]) == set(plates):
         used = folds.used(fields)
         own = fields[used].reset_index(drop=True)
-        words = "intensity statistics whitened on DMSO, nearest neighbour of another compound"
-        calls = neighbours(own, whiten(values, controls, plates)[used], "compound")
-        found += _row("intensity_neighbour", words, calls[calls["call"] != ""], folds)
+        left_out: LeftOut = "compound_and_batch" if folds.also == "batch" else "compound"
+        words = f"intensity statistics whitened on DMSO, nearest neighbour of another {LEFT_OUT[left_out]}"
+        calls = neighbours(own, whiten(values, controls, plates)[used], left_out)
+        aside = int((calls["call"] == "").sum())
+        found += _row("intensity_neighbour", words, calls[calls["call"] != ""], folds, aside)
     return found
 
 

@@ -37,7 +37,9 @@ def brier(probabilities: NDArray, truth: NDArray) -> float:
     return float(np.square(probabilities - np.eye(probabilities.shape[1])[truth]).sum(axis=1).mean())
 
 
-def bins(probabilities: NDArray, truth: NDArray, number: int = BINS) -> list[dict[str, Any]]:
+def bins(
+    probabilities: NDArray, truth: NDArray, number: int = BINS, right: NDArray | None = None
+) -> list[dict[str, Any]]:
     """Bin treatments by their highest probability, in bins of equal width.
 
     Parameters
@@ -46,6 +48,8 @@ def bins(probabilities: NDArray, truth: NDArray, number: int = BINS) -> list[dic
         See the module's text.
     number
         Bins between 0 and 1. A bin holds its lower end; the last one holds 1 too.
+    right
+        Whether each is called right, (treatments,) of bool; by default where the highest probability is the truth's.
 
     Returns
     -------
@@ -53,7 +57,8 @@ def bins(probabilities: NDArray, truth: NDArray, number: int = BINS) -> list[dic
         For each bin `low`, `high`, `count`, and the mean highest probability `confidence` and the share of right calls
         `accuracy`, which are None where it is empty.
     """
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == truth if right is None else right
     edges = np.arange(number + 1) / number  # linspace's are a little off some decimals
     of = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, number - 1)
     return [
@@ -68,15 +73,17 @@ def bins(probabilities: NDArray, truth: NDArray, number: int = BINS) -> list[dic
     ]
 
 
-def calibration(probabilities: NDArray, truth: NDArray, number: int = BINS) -> dict[str, Any]:
-    """Measure how well probabilities are calibrated, over one treatment or more.
+def calibration(
+    probabilities: NDArray, truth: NDArray, number: int = BINS, right: NDArray | None = None
+) -> dict[str, Any]:
+    """Measure how well probabilities are calibrated, over one treatment or more; the parameters are those of `bins`.
 
     Returns
     -------
     dict
         `nll`, `brier`, `ece`, and `bins` as `bins` gives them.
     """
-    binned = bins(probabilities, truth, number)
+    binned = bins(probabilities, truth, number, right)
     error = sum(one["count"] * abs(one["accuracy"] - one["confidence"]) for one in binned if one["count"])
     return {
         "nll": nll(probabilities, truth),

@@ -142,8 +142,8 @@ def conformal(
     of_label = [len(np.unique(np.asarray(compounds)[truth == one])) for one in range(len(classes))]
     most = max(of_label)
     by_label_words = (
-        f" By label, a label is calibrated by its own compounds alone: there are {most} at most, so that it leaves no "
-        f"set at an alpha below {1 / (most + 1):.3g}. Such sets are large because compounds are few."
+        f" By label, a label is calibrated by its own compounds alone: there are {most} at most, so that at an "
+        f"alpha below {1 / (most + 1):.3g} every set holds every label. Such sets are large because compounds are few."
     )
     return {
         "unit": "compound",

@@ -24,6 +24,7 @@ from PIL import Image
 from cellhpc import ledger
 from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.errors import UserError
+from cellhpc.folds import Folds
 from cellhpc.montage import draw_lots
 from cellhpc.sheet import channel_colours, in_colour, resize
 from cellhpc.tiles import Store
@@ -56,6 +57,8 @@ class Shown:
         The tile in grey, and over it what spoke for the call; empty without a map.
     model, call
         With a map: whose it is, and for which call.
+    fold
+        The fold that holds it out; empty where that is not known.
     """
 
     treatment: str
@@ -64,6 +67,7 @@ class Shown:
     map_jpeg: bytes = b""
     model: str = ""
     call: str = ""
+    fold: str = ""
 
     @property
     def data(self) -> str:
@@ -117,7 +121,9 @@ class Gallery:
         return found
 
 
-def make_gallery(store: Store | None, treatments: Sequence[str], runs: Iterable[Path] = ()) -> Gallery:
+def make_gallery(
+    store: Store | None, treatments: Sequence[str], runs: Iterable[Path] = (), folds: Folds | None = None
+) -> Gallery:
     """Pick and encode tiles.
 
     Parameters
@@ -128,6 +134,8 @@ def make_gallery(store: Store | None, treatments: Sequence[str], runs: Iterable[
         Those to show, the most important first.
     runs
         Folders of the outputs of runs, which may hold attributions.
+    folds
+        The study's folds, of which each tile is in one (with `folds.unknown` in several, which are not told apart).
 
     Returns
     -------
@@ -135,7 +143,7 @@ def make_gallery(store: Store | None, treatments: Sequence[str], runs: Iterable[
         At most `MOST` tiles. What can't be read is named there: scores don't need the tiles.
     """
     cautions: list[str] = []
-    tiles, more = _tiles_of(store, treatments, cautions)
+    tiles, more = _tiles_of(store, treatments, folds, cautions)
     explained, more_explained = _explained(runs, cautions)
     rows = sorted([*tiles, *explained], key=lambda row: row["turn"])[:MOST]  # stable: of a turn, tiles come first
     left_out = more + more_explained + len(tiles) + len(explained) - len(rows)
@@ -150,6 +158,7 @@ def make_gallery(store: Store | None, treatments: Sequence[str], runs: Iterable[
             row["treatment"],
             f"plate {row['plate']}, well {row['well']}, field {row['field']}, tile {row['tile']}",
             _jpeg(picture),
+            fold=row["fold"],
             **({"map_jpeg": _jpeg(_over(picture, row["map"])), "model": row["model"], "call": row["call"]}
                if "map" in row else {}),
         )
@@ -188,7 +197,9 @@ def choose(tiles: pd.DataFrame, treatments: Sequence[str], per_treatment: int = 
     return chosen.drop(columns=["lot", "of_well", "rank"])
 
 
-def _tiles_of(store: Store | None, treatments: Sequence[str], cautions: list[str]) -> tuple[list[dict[str, Any]], int]:
+def _tiles_of(
+    store: Store | None, treatments: Sequence[str], folds: Folds | None, cautions: list[str]
+) -> tuple[list[dict[str, Any]], int]:
     """Tiles of treatments, each with its turn and its pixels; and how many there were too many."""
     if store is None or not treatments:
         return [], 0
@@ -200,7 +211,9 @@ def _tiles_of(store: Store | None, treatments: Sequence[str], cautions: list[str
     except (UserError, OSError) as fault:
         cautions.append(f"There are no tiles of the treatments that were called wrong: {fault}")
         return [], 0
-    found = kept[["treatment", "plate", "well", "field", "tile", "turn"]].to_dict("records")
+    of = {value: fold.name for fold in folds.folds for value in fold.held_out} if folds and not folds.unknown else {}
+    kept = kept.assign(fold=kept[folds.by].astype(str).map(of).fillna("") if of and folds else "")
+    found = kept[["treatment", "plate", "well", "field", "tile", "turn", "fold"]].to_dict("records")
     rows: list[dict[str, Any]] = [{**row, "pixels": tile} for row, tile in zip(found, pixels, strict=True)]  # type: ignore[dict-item]
     return rows, len(chosen) - len(kept)
 
@@ -238,6 +251,7 @@ def _read(folder: Path) -> list[dict[str, Any]]:
         {
             **{name: str(arrays[name][number]) for name in words},
             "model": model,
+            "fold": str(facts["fold"]["name"]),
             "pixels": resize(arrays["pixels"][number], TILE_PX),
             "map": resize(arrays["map"][number].astype(np.float32)[..., None], TILE_PX)[..., 0],
         }

@@ -98,7 +98,7 @@ def run_here(study: StudyFolder, submission: Submission, parallel: int, watch: C
         while waiting or running:
             while waiting and len(running) < parallel:
                 place = min(set(range(parallel)) - {one.place for one in running})
-                running.append(_start(study, submission, *waiting.pop(0), place))
+                running.append(_start(study, submission, *waiting.pop(0), place, parallel))
                 started.append(running[-1])
             time.sleep(POLL_SECONDS)
             watch()
@@ -134,7 +134,7 @@ def _ended_on_exit() -> Iterator[list[_Started]]:
             one.record_end()
 
 
-def rank_cores(place: int, rank: int, ranks: int, threads: int) -> set[int]:
+def rank_cores(place: int, rank: int, ranks: int, threads: int, parallel: int = 1) -> set[int]:
     """Choose the cores of a rank: its own, else ranks that wait for each other are moved to and fro between them.
 
     Parameters
@@ -145,14 +145,16 @@ def rank_cores(place: int, rank: int, ranks: int, threads: int) -> set[int]:
         The rank, and how many there are; a single one waits for nobody and may use all cores.
     threads
         Threads of a rank.
+    parallel
+        Tasks that run at the same time; where all of their threads have no core each, ranks use all cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     first = (place * ranks + rank) * threads
-    mine = set(cores[first : first + threads])
-    return mine if ranks > 1 and len(mine) == threads else set(cores)
+    own = ranks > 1 and parallel * ranks * threads <= len(cores)
+    return set(cores[first : first + threads] if own else cores)
 
 
-def _start(study: StudyFolder, submission: Submission, task: Task, number: int, place: int) -> _Started:
+def _start(study: StudyFolder, submission: Submission, task: Task, number: int, place: int, parallel: int) -> _Started:
     """Start the ranks of a task, for the first time with the number 0."""
     attempt = submission.task_folder(task.name) / f"here-{number}"
     attempt.mkdir(parents=True, mode=0o700)
@@ -160,7 +162,7 @@ def _start(study: StudyFolder, submission: Submission, task: Task, number: int, 
     processes = []
     for rank in range(task.ranks):
         environment = {**os.environ, RANK: str(rank), RANKS: str(task.ranks), MEETING: str(attempt)}
-        cores = rank_cores(place, rank, task.ranks, task.threads)
+        cores = rank_cores(place, rank, task.ranks, task.threads, parallel)
         with _log(submission, task, rank).open("ab") as log:
             processes.append(
                 subprocess.Popen(

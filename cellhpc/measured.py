@@ -105,6 +105,8 @@ class _Told:
     ----------
     epochs, ranks, where
         Its history, the ranks that trained it, and their threads and host.
+    predicted_tiles
+        Tiles that it predicted after each epoch.
     after_start
         Seconds of its process before it; None unless it was the first there.
     beside
@@ -114,6 +116,7 @@ class _Told:
     epochs: list[dict[str, Any]]
     ranks: int
     where: str
+    predicted_tiles: int
     after_start: float | None
     beside: float | None
 
@@ -130,10 +133,10 @@ class _Told:
             whole = (unit / DONE).stat().st_mtime - (folder / ABOUT).stat().st_mtime
             after_start = about["began"] - about["started"] if "started" in about else None
             beside = max(0.0, whole - told) if record["attempts"] == 1 else None
-            where = f"{record['threads']} thread(s) on {record['host']}"
+            where, predicted = f"{record['threads']} thread(s) on {record['host']}", record["held_out_tiles"]
         except (FileNotFoundError, KeyError):  # of an earlier version, or removed just now
             return None
-        return cls(epochs, record["ranks"], where, after_start, beside)
+        return cls(epochs, record["ranks"], where, predicted, after_start, beside)
 
     def more_in_first_epoch(self, speed: float) -> float:
         """Seconds that the first epoch took more than its images take at full speed."""
@@ -161,9 +164,7 @@ def _parts(runs: list[_Told], ranks: int) -> Parts:
     # In the first epoch of a process graphs are made.
     speed = statistics.median(epoch["images_per_s"] for run in runs for epoch in run.epochs[1:] or run.epochs)
     predicted = [
-        epoch["held_out"]["tile"]["total"] / epoch["predict_seconds"]
-        for run in runs
-        for epoch in run.epochs[1:] or run.epochs
+        run.predicted_tiles / epoch["predict_seconds"] for run in runs for epoch in run.epochs[1:] or run.epochs
     ]
     every = [run.beside for run in runs if run.beside is not None]
     later = [run.beside for run in runs if run.beside is not None and run.after_start is None]

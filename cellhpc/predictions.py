@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow as pa
 
 from cellhpc import figures, ledger, scores
-from cellhpc.aggregate import SCHEMA, caution_of_shared, headline, slug
+from cellhpc.aggregate import SCHEMA, caution_of_shared, headline, slug, tell_apart
 from cellhpc.compare import comparisons, ensembles
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.levels import PREFIX, How, Ladder, check_probabilities
@@ -93,6 +93,13 @@ def read_predictions(
         )
     found = [column.removeprefix(PREFIX) for column in columns]
     values = raw[columns].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    by_label = not classes and not columns[0].startswith(PREFIX)
+    if by_label and (sums := values.sum(axis=1)).between(0, 0.999).mean() > 0.5:
+        raise DataError(
+            f"{path}: the columns that are called as labels don't sum to one, but to {sums.median():.3g} (median).",
+            [f"taken as a class: {name}" for name in columns],
+            "A class of which no row has the label is not found so: name all columns of classes, each with --class.",
+        )
     return pd.concat([table, values.set_axis([PREFIX + name for name in found], axis=1)], axis=1), found
 
 
@@ -134,6 +141,9 @@ def score_predictions(
     if ledger.is_done(folder, inputs) and (folder / "scores.json").exists():
         document: dict[str, Any] = ledger.read_json(folder / "scores.json")
         return document
+    split = _split_differently(table) if "fold" in table else []
+    if split:  # what one leaves out together, another does not
+        table = table.drop(columns="fold")
     by = "fold" if "fold" in table else "compound"
     models, entries, asked = {}, [], []
     with GrowingTables(folder) as tables:
@@ -145,13 +155,14 @@ def score_predictions(
             asked.append(ladder.table)
             entries.append(_entry(name, models[name], own, by, set(table[by])))
         (folder / ledger.DONE).unlink(missing_ok=True)  # the tables take their names now
+    tell_apart(entries)
     for level in GROWING.keys() - ladder.units.keys():
         (folder / GROWING[level]).unlink(missing_ok=True)  # of another table, that had more
     treatments = pd.concat(asked, ignore_index=True)
     described = [name for name in ("fold", "treatment", "compound", "label", "batch") if name in treatments]
     treatments = treatments[described].drop_duplicates()
     cautions = ["The predictions were given: what was trained on is not known here, and a leak can't be seen."]
-    cautions += _cautions_of_folds(table, treatments) if by == "fold" else []
+    cautions += split or (caution_of_shared(treatments, "fold") if by == "fold" else [])
     missing = sorted({name for entry in entries for of in entry["by_seed"].values() for name in of["folds"]["missing"]})
     lacking = [f"Incomplete: {by} {listing(missing, 6)} not predicted by every model and seed."] if missing else []
     treatments_of = {name: model.treatments for name, model in models.items()}
@@ -195,7 +206,7 @@ def _read(path: Path, texts: Collection[str]) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
-            return table.assign(**{name: table[name].map(_text) for name in texts if name in table})
+            return table.assign(**{name: table[name].astype(object).map(_text) for name in texts if name in table})
         kinds: dict[Any, type[str]] = dict.fromkeys(texts, str)
         between = "\t" if ".tsv" in path.suffixes else ","
         return pd.read_csv(path, sep=between, dtype=kinds, keep_default_na=False, na_values=[""])
@@ -296,15 +307,15 @@ def _entry(name: Name, model: ModelTally, own: pd.DataFrame, by: str, every: set
     return {**whose, **found, "curves": {}, "cost": None}
 
 
-def _cautions_of_folds(table: pd.DataFrame, treatments: pd.DataFrame) -> list[str]:
-    """Say so where a compound is on both sides of a split, and where models or seeds were split differently."""
+def _split_differently(table: pd.DataFrame) -> list[str]:
+    """Say so where models or seeds were split differently."""
     whose = [name for name in ("model", "initialisation", "seed") if name in table]
     splits = table.groupby([*whose, "compound"])["fold"].unique().map(frozenset)
-    if (splits.groupby("compound").nunique() > 1).any():
-        different = splits.groupby("compound").nunique()
-        names = listing(different.index[different > 1], 6)
-        return [f"Models or seeds were split differently; not in the same folds of all: {names}."]
-    return caution_of_shared(treatments, "fold")
+    different = splits.groupby("compound").nunique()
+    if not (different > 1).any():
+        return []
+    names = listing(different.index[different > 1], 6)
+    return [f"Models or seeds were split differently; not in the same folds of all: {names}. Folds are not looked at."]
 
 
 def _require_free(folder: Path) -> None:
@@ -313,7 +324,7 @@ def _require_free(folder: Path) -> None:
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     except OSError as fault:
         raise UsageError(f"{folder} is no folder that can be used: {fault.strerror}. Choose another --out.") from None
-    if not names:
+    if not names or names <= {*GROWING.values(), "treatments.csv", "compounds.csv"}:  # an earlier call was cut off
         return
     scored = ledger.read_json(folder / "scores.json") if "scores.json" in names else {}
     if "table" not in scored:

@@ -25,6 +25,8 @@ PREDICTIONS, DRAWS = "predictions.parquet", "draws.parquet"
 """Files of a run: what it predicts, and with `train.dropout_draws` each draw of it."""
 PREDICT_TILES = 64
 """Tiles in one prediction step of a rank."""
+FEATURE_TILES = 512
+"""Tiles between two looks whether a stop was asked for."""
 
 
 class Predictor:
@@ -79,10 +81,19 @@ class Predictor:
         table.insert(table.shape[1] - classes, "draw", np.repeat(np.arange(draws), len(rows)))
         return table
 
-    def features(self) -> np.ndarray:
-        """Let the backbone say its features of all tiles: float32 (n, views, d), as `Graphs.features`."""
-        rows = np.arange(len(self.data.tiles))
-        return self._ask(rows, self._features, (self.graphs.views, self.graphs.width), self.data.pixels)
+    def features(self, stop: Callable[[], bool]) -> np.ndarray | None:
+        """Let the backbone say its features of all tiles: float32 (n, views, d), as `Graphs.features`.
+
+        `stop` is asked now and then; None as soon as it says so on any rank.
+        """
+        count, shape = len(self.data.tiles), (self.graphs.views, self.graphs.width)
+        said = np.empty((count, *shape), np.float32)
+        for start in range(0, count, FEATURE_TILES):
+            if self.ranks.gather(np.array([stop()], np.int32)).any():
+                return None
+            rows = np.arange(start, min(start + FEATURE_TILES, count))
+            said[rows] = self._ask(rows, self._features, shape, self.data.pixels)
+        return said
 
     def attribute(self, rows: np.ndarray, predictions: pd.DataFrame, most: int, unknown: str) -> dict[str, np.ndarray]:
         """Say which pixels spoke for wrong calls of treatments; gives the arrays of `attributions.ATTRIBUTIONS`.

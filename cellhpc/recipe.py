@@ -90,7 +90,7 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 
 
 _OF_THE_STEPS = (
-    "preset", "epochs", "batch_size", "learning_rate", "scale_learning_rate", "schedule", "step_epochs", "step_factor",
+    "preset", "epochs", "learning_rate", "scale_learning_rate", "schedule", "step_epochs", "step_factor",
     "warmup_epochs", "class_weights", "head_epochs",
 )  # fmt: skip
 

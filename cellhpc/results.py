@@ -12,6 +12,7 @@ import pandas as pd
 
 from cellhpc import figures, ledger
 from cellhpc.errors import DataError
+from cellhpc.folds import Folds
 from cellhpc.gallery import make_gallery
 from cellhpc.levels import PREFIX, Ladder, Scored, called_units
 from cellhpc.montage import montage
@@ -93,6 +94,7 @@ def write_results(
     inputs: str,
     store: Store | None = None,
     outputs: Iterable[Path] = (),
+    folds: Folds | None = None,
 ) -> None:
     """Write tables, figures, the document and the page, the marker last; remove what an earlier aggregation had more.
 
@@ -110,6 +112,8 @@ def write_results(
         What the runs learnt from, for the montage and the quality of the pictures.
     outputs
         Folders of the outputs of runs, which may hold attributions.
+    folds
+        The folds of the study.
     """
     (results / ledger.DONE).unlink(missing_ok=True)
     classes = document["classes"]
@@ -138,12 +142,13 @@ def write_results(
     for name, figure in drawn.items():
         if figure is not None:
             pictures[name] = figures.save(figure, results / f"{name}.png")
+    for name in ("outliers.csv", "montage.png"):
+        (results / name).unlink(missing_ok=True)
     if store:
         ledger.write_table(results / "outliers.csv", outliers(store.fields))
         try:
             pictures["montage"] = montage(store, classes).save(results / "montage.png")
         except (DataError, OSError) as fault:  # scores don't need the tiles, which may be gone by now
-            (results / "montage.png").unlink(missing_ok=True)
             document["no_montage"] = str(fault)
     ledger.write_json(results / "scores.json", document)
     tables = {entry["slug"]: models[entry["network"], entry["initialisation"]] for entry in document["models"]}
@@ -152,7 +157,7 @@ def write_results(
         pictures,
         {slug: model.treatments for slug, model in tables.items()},
         {slug: p for slug, model in tables.items() if len(p := model.assessment.p_values)},
-        make_gallery(store, wrong_treatments(document), outputs),
+        make_gallery(store, wrong_treatments(document), outputs, folds),
     )
     ledger.write_text(results / "report.html", page)
     for path in (*results.glob("confusion-*"), *(results / f"{name}{end}" for name in drawn for end in _PICTURE)):

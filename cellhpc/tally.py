@@ -178,13 +178,6 @@ class ModelTally:
         """Table of the treatments of all folds that are scored."""
         return _scorable(self.asked)
 
-    @property
-    def kind(self) -> str:
-        """What a member is, in words."""
-        if not self._drawn:
-            return "seeds"
-        return "seeds and dropout draws" if len(self.seeds) > 1 else "dropout draws"
-
     def members(self) -> NDArray:
         """Give the probabilities of each member; NaN where it lacks a fold.
 
@@ -205,8 +198,11 @@ class ModelTally:
     def assessment(self) -> Assessment:
         """What is known of its uncertainty, when all folds are there; members are what `members` gives."""
         asked, members = self.asked, self.members()
+        whole = np.isfinite(members).all(axis=(1, 2))
+        of_seeds = {seed for (seed, _), kept in zip(sorted(self._members), whole, strict=True) if kept}
+        kind = "seeds" if not self._drawn else "seeds and dropout draws" if len(of_seeds) > 1 else "dropout draws"
         unknown = asked[UNKNOWN].to_numpy(dtype=bool) if UNKNOWN in asked else None
-        return assess(asked, self.classes, members if len(members) > 1 else None, self.kind, unknown)
+        return assess(asked, self.classes, members[whole] if whole.sum() > 1 else None, kind, unknown)
 
     def document(self) -> dict[str, Any]:
         """Score the model: the part of its entry in `scores.json` that is of predictions alone."""

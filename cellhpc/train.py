@@ -43,7 +43,7 @@ from cellhpc.step import Graphs, clear_optimizer, head_layers, make_optimizer, t
 from cellhpc.sweep import Run
 
 FEATURE_BYTES = 2**28
-"""Features of all tiles that a process may keep where they are larger than its share of the tiles."""
+"""Features of all tiles that a process may keep, for each compiled network."""
 
 
 __all__ = [
@@ -132,12 +132,12 @@ class Trainer:
         """Asks the network, as it is at that moment, of tiles."""
 
     def _keeps_features(self) -> bool:
-        """Tell whether what the backbone says of all tiles is kept: it does not change, and is not larger than they."""
+        """Tell whether what the backbone says of all tiles is kept: it does not change, and is not large."""
         pixels, settings = self.data.pixels, self.settings
         if not (settings.fixed_features and isinstance(pixels, np.ndarray)):
             return False
         width = int(head_layers(self.model)[0].input.shape[1]) * (8 if settings.predict_rotations else 1)
-        return len(pixels) * width * 4 <= max(pixels.nbytes // self.ranks.size, FEATURE_BYTES)
+        return len(pixels) * width * 4 <= FEATURE_BYTES
 
     def use(self, settings: TrainSettings) -> None:
         """Train with other settings from now on; `TrainSettings.graph` of both is the same."""
@@ -186,7 +186,7 @@ class Trainer:
         training = np.flatnonzero(folds.training(tiles, run.fold))
         held_out = np.flatnonzero(folds.held_out(tiles, run.fold))
         steps = max(1, len(training) // settings.batch_size)
-        self._reset(run)
+        self._reset(run, watch)
         at = keeper.restore() if keeper else Progress()
         predictions = pd.DataFrame()
         while at.epoch <= settings.epochs:
@@ -281,7 +281,7 @@ class Trainer:
             if stop:
                 raise Interrupted(f"{run.id} was stopped in epoch {at.epoch}, after step {at.step} of {steps}")
 
-    def _reset(self, run: Run) -> None:
+    def _reset(self, run: Run, watch: Watch) -> None:
         """Set weights and optimiser to the start of a run; the same on every rank, broadcast to be sure."""
         import keras
 
@@ -300,7 +300,11 @@ class Trainer:
         self.ranks.broadcast([weight.value for weight in self.model.weights if "float" in weight.dtype])
         of = run.weights, run.seed if run.weights == "xavier" else None
         if self.predictor.graphs.cached and self._features_of != of:
-            self.predictor.given, self._features_of = self.predictor.features(), of
+            self.predictor.given, self._features_of = self.data.pixels, None  # room for the new ones
+            features = self.predictor.features(lambda: watch.stop_asked)
+            if features is None:
+                raise Interrupted(f"{run.id} was stopped while the backbone looked at the tiles")
+            self.predictor.given, self._features_of = features, of
 
     def _draw(self, seed: int, at: int) -> np.ndarray:
         """Seed of the augmentation of one step on this rank, int32 (2,)."""

@@ -131,7 +131,7 @@ def assess(
     document: dict[str, Any] = dict.fromkeys(("calibration", "conformal", "decomposition", "rejection"))
     if known.any():
         wrong = (table["call"] != table["label"]).to_numpy()
-        document["calibration"] = _calibration(values[known], truth[known], compounds[known])
+        document["calibration"] = _calibration(values[known], truth[known], compounds[known], ~wrong[known])
         document["rejection"] = rejection(parts["entropy"][known], wrong[known])
     if marginal is not None and by_label is not None:
         found = conformal(marginal[known], by_label[known], truth[known], compounds[known], classes)
@@ -251,14 +251,14 @@ def _area(unknown: NDArray, uncertainty: NDArray) -> float | None:
     return float(roc_auc_score(unknown, uncertainty)) if unknown.any() and not unknown.all() else None
 
 
-def _calibration(values: NDArray, truth: NDArray, compounds: NDArray) -> dict[str, Any]:
+def _calibration(values: NDArray, truth: NDArray, compounds: NDArray, right: NDArray) -> dict[str, Any]:
     after = None
     if len(set(compounds)) > 1:
         changed, by_compound = tempered(values, truth, compounds)
         found = list(by_compound.values())
         temperatures = {"lowest": min(found), "median": float(np.median(found)), "highest": max(found)}
-        after = {**calibration(changed, truth), "temperatures": temperatures}
-    return {**calibration(values, truth), "after_temperature": after}
+        after = {**calibration(changed, truth, right=right), "temperatures": temperatures}
+    return {**calibration(values, truth, right=right), "after_temperature": after}
 
 
 _REPEAT = ["treatment", "compound", "label", "call", "p_call", "entropy", "epistemic", "set", "why"]
@@ -282,7 +282,8 @@ def _repeat(
         called = classes.index(one["call"])
         why = _why(one, classes, values[row], held)
         if members is not None:
-            otherwise = int((members[:, row].argmax(axis=1) != called).sum())
+            # Of equal votes, any may be the call: a member that has another as high does not call otherwise.
+            otherwise = int((members[:, row].max(axis=1) > members[:, row, called] + 1e-6).sum())
             if otherwise >= DISAGREE * len(members):
                 why.append(f"{otherwise} of {len(members)} {kind or 'members'} call otherwise")
         if why and known[row]:

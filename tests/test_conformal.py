@@ -130,7 +130,10 @@ def test_the_finest_p_value_is_one_over_the_compounds() -> None:
     document = conformal.conformal(marginal, by_label, truth, compounds, "ABCD")
     assert (document["unit"], document["compounds"], document["finest_p"]) == ("compound", 38, 1 / 38)
     assert "about 1 - 2 alpha is proven (Vovk 2015)" in document["guarantee"]
-    assert f"there are 10 at most, so that it leaves no set at an alpha below {1 / 11:.3g}." in document["guarantee"]
+    assert (
+        f"there are 10 at most, so that at an alpha below {1 / 11:.3g} every set holds every label."
+        in document["guarantee"]
+    )
 
 
 def test_over_a_whole_study_the_true_labels_p_values_are_ranks() -> None:

@@ -35,7 +35,8 @@ def pixels(jpeg: bytes) -> np.ndarray:
 def make_attributions(folder: Path, treatments: list[str]) -> Path:
     """Make a run's folder of outputs with attributions."""
     folder.mkdir(parents=True)
-    ledger.write_json(folder / "run.json", {"network": "ResNet50", "initialisation": "xavier", "seed": 3})
+    facts = {"network": "ResNet50", "initialisation": "xavier", "seed": 3, "fold": {"name": "a"}}
+    ledger.write_json(folder / "run.json", facts)
     return leave_attributions(folder, treatments)
 
 

@@ -149,8 +149,50 @@ def test_splits_that_can_not_be_right_are_named_in_the_headline(tmp_path: Path) 
     other["fold"] = other["fold"].where(other["compound"] == "PP-2", table["compound"])
     both = pd.concat([table.assign(model="A", fold=table["compound"]), other])
     document = score_predictions(write(tmp_path, both), tmp_path / "out")
-    assert document["cautions"][1] == ("Models or seeds were split differently; not in the same folds of all: PP-2.")
+    assert document["cautions"][1] == (
+        "Models or seeds were split differently; not in the same folds of all: PP-2. Folds are not looked at."
+    )
     assert document["cautions"][1] in document["headline"]
+
+
+def test_seeds_that_were_split_differently_are_an_ensemble_all_the_same(tmp_path: Path) -> None:
+    seeds = [predictions(doses=(1.0,), seed=seed).assign(seed=seed) for seed in (0, 1)]
+    seeds[0]["fold"], seeds[1]["fold"] = (seeds[0]["compound"] == "PP-2") + 1, (seeds[1]["compound"] == "AZ-A") + 1
+    document = score_predictions(write(tmp_path, pd.concat(seeds)), tmp_path / "out")
+    assert "Models or seeds were split differently" in document["cautions"][1]
+    (model,) = document["models"]
+    assert model["levels"]["treatment"]["total"] == 7
+    assert model["spread"]["seeds"] == model["uncertainty"]["decomposition"]["members"] == 2
+
+
+def test_names_that_differ_by_signs_alone_are_kept_apart(tmp_path: Path) -> None:
+    right = predictions(skill=1.0, doses=(1.0,))
+    columns = [name for name in right if name.startswith("p_")]
+    wrong = right.assign(**dict(zip(columns, right[columns[::-1]].to_numpy().T, strict=True)))
+    both = pd.concat([right.assign(model="ResNet50"), wrong.assign(model="ResNet50+")])
+    document = score_predictions(write(tmp_path, both), tmp_path / "out")
+    assert [model["slug"] for model in document["models"]] == ["ResNet50-from-a-table", "ResNet50-from-a-table-2"]
+    for model in document["models"]:
+        matrix = pd.read_csv(tmp_path / "out" / f"confusion-{model['slug']}.csv")
+        assert np.trace(matrix[list(CLASSES)]) == model["levels"]["treatment"]["correct"]
+
+
+def test_concentrations_may_be_words_and_columns_categories(tmp_path: Path) -> None:
+    given = predictions(doses=(1.0,)).drop(columns=["treatment", "unit"]).assign(concentration="high")
+    names = ["compound", "label", "plate", "concentration"]
+    given.astype(dict.fromkeys(names, "category")).to_parquet(tmp_path / "table.parquet")
+    document = score_predictions(tmp_path / "table.parquet", tmp_path / "out")
+    assert document["models"][0]["levels"]["treatment"]["total"] == 7
+    assert "cisplatin high" in (tmp_path / "out" / "treatments.csv").read_text()
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_class_that_no_row_has_must_be_named(tmp_path: Path) -> None:
+    given = predictions(doses=(1.0,), skill=0.0).rename(columns=lambda name: name.removeprefix("p_"))
+    path = write(tmp_path, given[given["label"] != CLASSES[2]])
+    with pytest.raises(DataError, match=r"(?s)don't sum to one.*each with --class"):
+        score_predictions(path, tmp_path / "out")
+    assert score_predictions(path, tmp_path / "out", classes=CLASSES)["classes"] == list(CLASSES)
 
 
 def test_keys_that_are_not_there_are_made_of_those_that_are(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ class TestAttributions:
         for window in (None, 24):
             data = load_data(store, folds, 32, window_tiles=window)
             of = Trainer(MOBILENET, data, settings(window_tiles=window), OneRank())
-            of._reset(small.run(folds, MOBILENET))
+            of._reset(small.run(folds, MOBILENET), Watch())
             predictions = of.predictor.predict(rows)
             answers.append(of.predictor.attribute(rows, predictions, 2, ""))
         assert len(answers[0]["map"]) > 0
@@ -306,8 +306,8 @@ class TestFixedFeatures:
         for keys in ({"trained": "all"}, {"trained": "head_first"}, {"augment": {"noise": 0.5}}):
             assert not settings(**{**ALONE, **keys}).fixed_features
         data, _ = small.data(per_compound=1)
-        monkeypatch.setattr(train, "FEATURE_BYTES", 1)
-        for rotations in (False, True):  # 256 features of four bytes, eight times; and a tile has 3,072 bytes
+        monkeypatch.setattr(train, "FEATURE_BYTES", len(data.tiles) * 256 * 4)  # 256 features of each tile
+        for rotations in (False, True):
             of = Trainer(MOBILENET, data, settings(**ALONE, predict_rotations=rotations), OneRank())
             assert of.predictor.graphs.cached != rotations
 

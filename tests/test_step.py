@@ -13,7 +13,7 @@ from cellhpc.checkpoint import CHECKPOINT, read_checkpoint
 from cellhpc.ranks import OneRank
 from cellhpc.recipe import TrainSettings
 from cellhpc.step import clear_optimizer, head_layers, losses_of, make_optimizer
-from cellhpc.train import Interrupted, RunFailed, Trainer, train_run
+from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, train_run
 from tests import small
 from tests.test_train import MOBILENET, outputs, same_run
 
@@ -124,7 +124,7 @@ def test_a_head_alone_is_softmax_regression_on_the_features_of_a_backbone_that_s
     """EfficientNet has batch statistics and dropout. One batch is all tiles, so that their order is nothing."""
     of = trainer("EfficientNetB0", trained="head", batch_size=32, epochs=3, learning_rate=3.0, class_weights=False)
     _, folds = small.data(per_compound=4)
-    of._reset(small.run(folds, of.network.text))
+    of._reset(small.run(folds, of.network.text), Watch())
     backbone, (kernel, bias) = weights_by_part(of)
     drawn = [layer.seed_generator.state.numpy() for layer in of.model.layers if hasattr(layer, "seed_generator")]
     losses, probabilities = fit(of)
@@ -153,7 +153,7 @@ def test_a_head_alone_is_softmax_regression_on_the_features_of_a_backbone_that_s
 def test_what_is_frozen_has_neither_decay_nor_optimiser_until_all_is_trained() -> None:
     of = trainer(trained="head_first", head_epochs=2, epochs=3, optimizer="adamw", weight_decay=0.1)
     _, folds = small.data(per_compound=4)
-    of._reset(small.run(folds, MOBILENET))
+    of._reset(small.run(folds, MOBILENET), Watch())
     start = weights_by_part(of)
     after = []
     agree = of._agree
@@ -171,7 +171,7 @@ def test_what_is_frozen_has_neither_decay_nor_optimiser_until_all_is_trained() -
 def test_frozen_batch_normalisation_stays_and_all_else_learns() -> None:
     of = trainer(batch_norm="frozen", weight_decay=0.1, batch_size=32, epochs=1)
     _, folds = small.data(per_compound=4)
-    of._reset(small.run(folds, MOBILENET))
+    of._reset(small.run(folds, MOBILENET), Watch())
     layers = [layer for layer in of.model.layers if layer.weights]
     start = [layer.get_weights() for layer in layers]
     (loss,), _ = fit(of)
@@ -179,7 +179,7 @@ def test_frozen_batch_normalisation_stays_and_all_else_learns() -> None:
         stayed = equal(before, layer.get_weights())
         assert all(stayed) if isinstance(layer, keras.layers.BatchNormalization) else not any(stayed), layer.name
     # In training the network was the one that predicts.
-    of._reset(small.run(folds, MOBILENET))
+    of._reset(small.run(folds, MOBILENET), Watch())
     training = folds.training(of.data.tiles, folds.folds[0])
     logits = of.model(of.data.pixels[training].astype(np.float32), training=False)
     targets = of.data.targets[training]
@@ -221,7 +221,7 @@ def test_a_run_that_is_stopped_after_every_step_is_the_whole_run(keys: dict[str,
 def one_step(**keys: Any) -> tuple[float, np.ndarray]:
     """One step with all tiles: loss, and how it changed the weights."""
     of = trainer(batch_size=32, epochs=1, **keys)
-    of._reset(small.run(small.data(per_compound=4)[1], MOBILENET))
+    of._reset(small.run(small.data(per_compound=4)[1], MOBILENET), Watch())
     before = [weight.numpy() for weight in of.model.trainable_variables]
     (loss,), _ = fit(of)
     after = zip(of.model.trainable_variables, before, strict=True)

@@ -73,7 +73,8 @@ def test_draws_of_dropout_are_members_in_place_of_their_seed() -> None:
     model = ModelTally(CLASSES, "mean")
     model.add({7: Predicted(ladder, values[0], np.stack(values[1:]))})
     members = model.members()
-    assert (model.kind, len(members)) == ("dropout draws", 3)
+    parts = model.document()["uncertainty"]["decomposition"]
+    assert (parts["kind"], parts["members"], len(members)) == ("dropout draws", 3, 3)
     for member, table in zip(members, tables[1:], strict=True):
         np.testing.assert_allclose(member, combine(table)["treatment"][COLUMNS], atol=1e-6)
     assert model.document()["levels"] == scores.score(combine(tables[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,8 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
     scores
         The document of `scores.json`.
     """
-    table = Table(title=f"{scores['study']}: accuracy on what was held out", title_justify="left", show_edge=False)
+    title = f"{escape(scores['study'])}: accuracy on what was held out"
+    table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("Model", overflow="fold")
     table.add_column("Treatments", justify="right", no_wrap=True)
     table.add_column("%", justify="right", no_wrap=True)
@@ -36,10 +38,10 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
         ]
         table.add_row(name, *counted(levels["treatment"]), *rest)
     for row in scores["ensembles"]:
-        table.add_row(row["name"], *counted(row["treatment"]), "", "", "")
+        table.add_row(Text(row["name"]), *counted(row["treatment"]), "", "", "")
     table.add_section()
     for row in scores["baselines"]["table"]:
-        table.add_row(row["words"], *counted(row), "", "", "", style="dim")
+        table.add_row(Text(row["words"]), *counted(row), "", "", "", style="dim")
     chance = scores["baselines"]["chance"]
     table.add_row(f"chance, 1 of {len(scores['classes'])} classes", "", percent(chance), "", "", "", "", style="dim")
     if not scores["complete"]:

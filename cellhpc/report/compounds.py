@@ -152,7 +152,7 @@ def _treatments(
         columns = [PREFIX + name for name in scores["classes"]]
         for row in tables[model["slug"]].to_dict("records"):
             key = tuple(str(row.get(name, "")) for name in ("compound", "label", "treatment", "fold"))
-            doses.setdefault(key, float(row.get("concentration", 0.0)))
+            doses.setdefault(key, _dose(row.get("concentration")))
             said.setdefault(key, []).append(
                 Saying(
                     f"{model['network']}, {model['initialisation']}",
@@ -166,9 +166,16 @@ def _treatments(
     for key in sorted(said, key=lambda key: (key[:2], doses[key])):
         compound, label, treatment, fold = key
         wrong = any(not saying.correct for saying in said[key])
-        tiles = [one for one in gallery.by_treatment.get(treatment, ()) if wrong or one.map_jpeg]
+        shown = [one for one in gallery.by_treatment.get(treatment, ()) if one.fold in ("", fold)]
+        tiles = [one for one in shown if wrong or one.map_jpeg]
         found.setdefault((compound, label), []).append(Treatment(treatment, fold, tuple(said[key]), tuple(tiles)))
     return found
+
+
+def _dose(concentration: Any) -> float:
+    """Give a concentration to sort by; words and gaps come first."""
+    dose = pd.to_numeric(concentration, errors="coerce")
+    return -1.0 if pd.isna(dose) else float(dose)
 
 
 def _sets(
