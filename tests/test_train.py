@@ -428,7 +428,7 @@ def test_a_study_that_leaves_labels_out_is_trained_and_scored_on_what_is_known(
     (model,) = document["models"]
     # Two known compounds in each fold, one treatment each; the same compound may be known in two folds.
     totals = {level: count["total"] for level, count in model["levels"].items()}
-    assert totals == {"tile": 3 * 16, "field": 3 * 4, "well": 3 * 2, "treatment": 3 * 2}
+    assert totals == {"tile": 3 * 16, "field": 3 * 4, "well": 3 * 2, "treatment": 3 * 2, "compound": 3 * 2}
     known = [
         pd.read_parquet(outputs(tmp_path / "runs" / run.id) / "predictions.parquet").query("label != @run.fold.unknown")
         for run in runs
