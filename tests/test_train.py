@@ -441,7 +441,7 @@ def test_a_study_that_leaves_labels_out_is_trained_and_scored_on_what_is_known(
     assert model["curves"]["all"]["tile"]["total"] == [2 * 3 * 16] * 2
     assert document["baselines"]["majority"] is None
     (caution,) = document["cautions"]
-    assert "no answer is right, and it is not counted" in caution
+    assert "Treatments of that label can't be right and are not scored" in caution
     record = outputs(tmp_path / "runs" / runs[0].id) / "run.json"
     facts = read_json(record)
     write_json(record, {**facts, "fold": {**facts["fold"], "unknown": "dim"}})
