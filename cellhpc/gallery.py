@@ -26,6 +26,7 @@ from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
 from cellhpc.montage import draw_lots
+from cellhpc.names import model_name
 from cellhpc.sheet import channel_colours, in_colour, resize
 from cellhpc.tiles import Store
 
@@ -243,7 +244,7 @@ def _explained(runs: Iterable[Path], cautions: list[str]) -> tuple[list[dict[str
 def _read(folder: Path) -> list[dict[str, Any]]:
     """Read the attributions of a run: pixels and maps of `TILE_PX`, where they lie, and whose call they are of."""
     facts = ledger.read_json(folder / "run.json")
-    model = f"{facts['network']}, {facts['initialisation']}, seed {facts['seed']}"
+    model = f"{model_name(facts)}, seed {facts['seed']}"
     with np.load(folder / ATTRIBUTIONS, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     words = ("treatment", "call", "plate", "well", "field", "tile")
