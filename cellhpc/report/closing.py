@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cellhpc.names import model_name
-from cellhpc.report.words import counted, percent
+from cellhpc.scores import counted, percent
 
 
 def render_scores(scores: Mapping[str, Any]) -> Table:
