@@ -164,8 +164,7 @@ def aggregate(
     asked = _Asked()
     with GrowingTables(results) as tables:
         for fold in sorted(of_folds):
-            of_fold = [run for own in of_folds[fold].values() for run in own]
-            reader = FoldReader(fold, classes, folds, of_fold[0].unknown)
+            reader = FoldReader(folds.named(fold), classes, folds)
             for name, own in of_folds[fold].items():
                 members = {run.seed: read for run in own if (read := reader.read(run, problems))}
                 if members and not problems:
@@ -189,11 +188,9 @@ def aggregate(
         else []
     )
     # Else the training treatments are not all known.
-    whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also
-    unknown = any(run.unknown for run in runs)
-    whole = whole and not unknown
+    whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also and not folds.unknown
     baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
-    if store and not unknown:
+    if store and not folds.unknown:
         baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
     treatments_of = {name: model.treatments for name, model in models.items()}
     document = {
