@@ -25,7 +25,7 @@ from cellhpc import ledger
 from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
-from cellhpc.montage import draw_lots
+from cellhpc.montage import draw_lots, read_resized
 from cellhpc.names import model_name
 from cellhpc.sheet import channel_colours, in_colour, resize
 from cellhpc.tiles import Store
@@ -207,8 +207,7 @@ def _tiles_of(
     try:
         chosen = choose(store.tiles, treatments)
         kept = chosen[:MOST]
-        px = next((px for px in store.tile_sizes_px if px >= TILE_PX), store.tile_sizes_px[-1])
-        pixels = [resize(tile, TILE_PX) for tile in store.read(kept, px)]
+        pixels = read_resized(store, kept, TILE_PX)
     except (UserError, OSError) as fault:
         cautions.append(f"There are no tiles of the treatments that were called wrong: {fault}")
         return [], 0
