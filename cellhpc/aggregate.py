@@ -73,6 +73,7 @@ from cellhpc.baselines import feature_baselines, feature_digests, intensity_base
 from cellhpc.compare import comparisons, ensembles
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
+from cellhpc.names import model_name, told_apart
 from cellhpc.outliers import summary
 from cellhpc.predictor import DRAWS, PREDICTIONS
 from cellhpc.results import GrowingTables, Name, write_results
@@ -163,8 +164,7 @@ def aggregate(
     asked = _Asked()
     with GrowingTables(results) as tables:
         for fold in sorted(of_folds):
-            of_fold = [run for own in of_folds[fold].values() for run in own]
-            reader = FoldReader(fold, classes, folds, of_fold[0].unknown)
+            reader = FoldReader(folds.named(fold), classes, folds)
             for name, own in of_folds[fold].items():
                 members = {run.seed: read for run in own if (read := reader.read(run, problems))}
                 if members and not problems:
@@ -188,11 +188,9 @@ def aggregate(
         else []
     )
     # Else the training treatments are not all known.
-    whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also
-    unknown = any(run.unknown for run in runs)
-    whole = whole and not unknown
+    whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also and not folds.unknown
     baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
-    if store and not unknown:
+    if store and not folds.unknown:
         baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
     treatments_of = {name: model.treatments for name, model in models.items()}
     document = {
@@ -290,12 +288,8 @@ def slug(network: str, start: str) -> str:
 
 def tell_apart(entries: Sequence[dict[str, Any]]) -> None:
     """Give slugs a number that several models would have."""
-    used: set[str] = set()
-    for entry in entries:
-        stem = entry["slug"]
-        numbered = (stem if number == 1 else f"{stem}-{number}" for number in range(1, len(entries) + 1))
-        entry["slug"] = next(name for name in numbered if name.lower() not in used)
-        used.add(entry["slug"].lower())
+    for entry, own in zip(entries, told_apart([entry["slug"] for entry in entries]), strict=True):
+        entry["slug"] = own
 
 
 def _curves(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[int]]]:
@@ -358,7 +352,7 @@ def headline(models: Sequence[dict[str, Any]], by: str) -> list[str]:
                 f"{at['correct']} of {at['total']} {level}s, {100 * at['accuracy']:.1f} % "
                 f"(95 % interval {100 * low:.1f} to {100 * high:.1f}"
             )
-        sentence = f"{model['network']}, {model['initialisation']}: {'); '.join(counted)}; {model['levels_of']})"
+        sentence = f"{model_name(model)}: {'); '.join(counted)}; {model['levels_of']})"
         for seed, entry in model["by_seed"].items():
             folds = entry["folds"]
             if folds["missing"]:

@@ -153,7 +153,7 @@ def plan_batches(
         starts = range(0, len(own), most)
         for number, first in enumerate(starts):
             group = tuple(own[first : first + most])
-            parameters = _parameters(study, job, site, group, folder, first, image, known_as)
+            parameters = _parameters(job, site, group, folder, first, image, known_as)
             if stage == "train":  # arrays that were split share the throttle
                 parameters["array_parallelism"] = max(1, (site.train.throttle + number) // len(starts))
             batches.append(Batch(stage, group, first, parameters, python, after))
@@ -193,7 +193,6 @@ def _dependency(batch: Batch, ids: dict[str, list[str]]) -> str | None:
 
 
 def _parameters(
-    study: StudyFolder,
     job: Job,
     site: Site,
     tasks: Sequence[Task],
@@ -221,7 +220,7 @@ def _parameters(
         "gpus_per_task": stage.gpus_per_task or None,
         "signal_delay_s": stage.signal_seconds if isinstance(stage, TrainStage) else 60,
         "stderr_to_stdout": True,
-        "setup": _setup(study, site, stage, stage_name, folder, first, image),
+        "setup": _setup(site, stage, stage_name, folder, first, image),
         "srun_args": [f"--kill-on-bad-exit={int(stage_name == 'train')}", f"--cpus-per-task={stage.cpus_per_task}"],
     }
     others: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
@@ -235,9 +234,7 @@ def _parameters(
     return {**given, "additional_parameters": others}
 
 
-def _setup(
-    study: StudyFolder, site: Site, stage: Stage, name: str, folder: Path, first: int, image: str | None
-) -> list[str]:
+def _setup(site: Site, stage: Stage, name: str, folder: Path, first: int, image: str | None) -> list[str]:
     """Lines of the batch script before the work."""
     slurm_site: SlurmSettings = site.slurm
     lines = [f"umask {UMASKS[slurm_site.share]}"]

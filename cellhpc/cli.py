@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 from rich.console import Console
@@ -19,7 +19,7 @@ from cellhpc.errors import UsageError, UserError
 from cellhpc.ledger import is_done, read_json, write_json
 from cellhpc.record import is_store
 from cellhpc.sections import parse_override
-from cellhpc.settings import PREDICTION_COLUMNS, load_job
+from cellhpc.settings import PREDICTION_COLUMNS, How, load_job
 
 if TYPE_CHECKING:
     from cellhpc.drive import SubmissionPlan
@@ -170,7 +170,7 @@ def _names_columns(command: Command) -> Command:
 )
 @click.option(
     "--combine",
-    type=click.Choice(["mean", "median", "log", "vote"]),
+    type=click.Choice(get_args(How)),
     default="mean",
     show_default=True,
     help="As aggregate.combine.",

@@ -353,12 +353,13 @@ def cancel_study(path: Path) -> list[str]:
     """
     study, _ = open_study(path)
     live = live_tasks(study)
-    for submission in {task.submission.folder: task.submission for task in live.tasks}.values():
+    submissions = {task.submission.folder: task.submission for task in live.tasks}.values()
+    for submission in submissions:
         (submission.folder / CANCELLED).touch()  # their batch scripts don't queue them again
     jobs = [task.job.id for task in live.tasks if task.submission.executor == "slurm"]
     slurm.cancel(list(dict.fromkeys(job.split("_")[0] for job in jobs)))
     ended = [f"{task.name} (job {task.job.id})" for task in live.tasks if task.job.id]
-    for submission in {task.submission.folder: task.submission for task in live.tasks}.values():
+    for submission in submissions:
         if submission.executor == "here":
             if submission.about["host"] != platform.node():
                 raise UsageError(f"The command runs on {submission.about['host']}. Type the same there.")

@@ -23,11 +23,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cellhpc import ledger
+from cellhpc.names import model_name
 
 DPI = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GREY, FAINT = "#1A1A1A", "#6B6B6B", "#D9D9D9"
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -48,6 +49,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cellhpc",
 }
+"""Matplotlib's settings for every figure."""
 _RIGHT = LinearSegmentedColormap.from_list("right", ["#FFFFFF", "#56A0CE", "#0072B2"])
 _WRONG = LinearSegmentedColormap.from_list("wrong", ["#FFFFFF", "#F0A36B", "#D55E00"])
 
@@ -104,8 +106,8 @@ def confusion_figure(matrix: pd.DataFrame, title: str) -> Figure:
     names = [label if label == short[label] else f"{label}  {short[label]}" for label in matrix.index]
     left = 0.75 + 0.068 * max(map(len, names))
     right, bottom, top = 0.85, 0.75, 0.62
-    with mpl.rc_context(_STYLE):
-        figure = _figure(left + side + right, bottom + side + top)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(left + side + right, bottom + side + top)
         width, height = figure.get_size_inches()
         axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
         _draw_confusion(axes, matrix, [short[label] for label in matrix.columns], names)
@@ -135,8 +137,8 @@ def confusions_figure(matrices: Mapping[str, pd.DataFrame]) -> Figure:
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
     left, gap, bottom, top = 0.75, 0.55, 0.62, 0.62
-    with mpl.rc_context(_STYLE):
-        figure = _figure(left + columns * (side + gap), rows * (side + bottom + top))
+    with mpl.rc_context(STYLE):
+        figure = new_figure(left + columns * (side + gap), rows * (side + bottom + top))
         width, height = figure.get_size_inches()
         for number, (title, matrix) in enumerate(matrices.items()):
             row, column = divmod(number, columns)
@@ -146,7 +148,7 @@ def confusions_figure(matrices: Mapping[str, pd.DataFrame]) -> Figure:
             axes.set_xlabel("Called")
             if column == 0:
                 axes.set_ylabel("True")
-            wrapped = _wrap_title(title, side)
+            wrapped = wrap_title(title, side)
             axes.set_title(wrapped, fontsize=9, loc="left", pad=17)
             tally = _tally(matrix.to_numpy())
             axes.annotate(
@@ -172,14 +174,12 @@ def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) ->
     classes
         Number of classes, for the line of chance.
     """
-    networks = list(dict.fromkeys(model["network"] for model in models))
-    starts = list(dict.fromkeys(model["initialisation"] for model in models))
-    with mpl.rc_context(_STYLE):
-        figure = _figure(9.2, 3.55 + 0.2 * -(-len(models) // 3))
+    with mpl.rc_context(STYLE):
+        figure = new_figure(9.2, 3.55 + 0.2 * -(-len(models) // 3))
         panels = figure.subplots(1, 3, sharex=True, sharey=True)
         for axes, level in zip(panels, ("treatment", "field", "tile"), strict=True):
             for model in models:
-                colour, line = _line_of(model, networks, starts)
+                colour, line = line_of(model, models)
                 single = len(model["curves"]) == 2
                 for seed, curves in model["curves"].items():
                     accuracy = np.divide(curves[level]["correct"], curves[level]["total"])
@@ -212,15 +212,10 @@ def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) ->
             fontsize=7.5,
             color=GREY,
         )
-        handles = [
-            Line2D([], [], color=colour, lw=2, ms=4.5, label=f"{model['network']}, {model['initialisation']}", **line)
-            for model in models
-            for colour, line in [_line_of(model, networks, starts)]
-        ]
         height = figure.get_size_inches()[1]
         rows = -(-len(models) // 3)
         figure.legend(
-            handles=handles,
+            handles=legend_lines(models),
             loc="lower center",
             ncols=min(3, len(models)),
             handlelength=3.4,
@@ -235,7 +230,7 @@ def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) ->
 
 def save(figure: Figure, path: Path) -> bytes:
     """Write a figure as PNG, and as SVG beside it, each atomically; give the PNG's bytes."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         box = figure.get_tightbbox().padded(0.12)  # inches; measured once for both
         with ledger.replacing(path.with_suffix(".svg")) as temporary:
             figure.savefig(temporary, format="svg", bbox_inches=box, metadata={"Date": None})
@@ -244,10 +239,52 @@ def save(figure: Figure, path: Path) -> bytes:
             return temporary.read_bytes()
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure of this size in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def wrap_title(title: str, inches: float) -> str:
+    """Break a title at its last comma when it is wider than its axes (about 12 bold letters of 9 points in an inch)."""
+    return ",\n".join(title.rsplit(", ", 1)) if len(title) > 12 * inches else title
+
+
+def line_of(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Say how a model is drawn beside others.
+
+    Parameters
+    ----------
+    model, models
+        One of them, and all of a figure, each with `network` and `initialisation`.
+
+    Returns
+    -------
+    colour, line
+        By network (by initialisation, if there is one network); line and marker, by initialisation.
+    """
+    networks = list(dict.fromkeys(one["network"] for one in models))
+    starts = dict.fromkeys(one["initialisation"] for one in models)
+    pretrained = [start for start in starts if start != "xavier"]
+    if model["initialisation"] == "xavier":
+        number, line = 1, {"ls": (0, (4, 1.6)), "marker": "s", "mfc": "white", "mew": 1.3}
+    else:
+        number = pretrained.index(model["initialisation"])
+        line = {"ls": "-", "marker": "oD^v"[number % 4], "mew": 1.3}
+        number += number > 0  # the second colour is Xavier's
+    if len(networks) > 1:
+        number = networks.index(model["network"])
+    return COLOURS[number % len(COLOURS)], line
+
+
+def legend_lines(models: Sequence[Mapping[str, Any]]) -> list[Line2D]:
+    """Draw the line of each model for a legend, labelled with its name."""
+    return [
+        Line2D([], [], color=colour, lw=2, ms=4.5, label=model_name(model), **line)
+        for model in models
+        for colour, line in [line_of(model, models)]
+    ]
 
 
 def _draw_confusion(
@@ -286,22 +323,3 @@ def _draw_confusion(
 def _tally(counts: np.ndarray) -> str:
     correct, total = int(np.trace(counts)), int(counts.sum())
     return f"{correct} of {total} treatments, {100 * correct / max(total, 1):.1f} %"
-
-
-def _wrap_title(title: str, inches: float) -> str:
-    """Break a title at its last comma when it is wider than its axes (about 12 bold letters of 9 points in an inch)."""
-    return ",\n".join(title.rsplit(", ", 1)) if len(title) > 12 * inches else title
-
-
-def _line_of(model: Mapping[str, Any], networks: Sequence[str], starts: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Colour by network (by initialisation, if there is one network); line and marker by initialisation."""
-    pretrained = [start for start in starts if start != "xavier"]
-    if model["initialisation"] == "xavier":
-        number, line = 1, {"ls": (0, (4, 1.6)), "marker": "s", "mfc": "white", "mew": 1.3}
-    else:
-        number = pretrained.index(model["initialisation"])
-        line = {"ls": "-", "marker": "oD^v"[number % 4], "mew": 1.3}
-        number += number > 0  # the second colour is Xavier's
-    if len(networks) > 1:
-        number = networks.index(model["network"])
-    return COLOURS[number % len(COLOURS)], line

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,18 @@ class Folds:
         """Whether each fold leaves out a label altogether."""
         return any(fold.unknown for fold in self.folds)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the whole split."""
         return digest(self.document())
+
+    @cached_property
+    def _by_name(self) -> dict[str, Fold]:
+        return {fold.name: fold for fold in self.folds}
+
+    def named(self, name: str) -> Fold:
+        """Give the fold of a name; one that holds nothing out where there is none."""
+        return self._by_name.get(name, Fold(name, ()))
 
     def document(self) -> dict[str, Any]:
         """Return the split as JSON-ready data; what only some splits have is named only if there is some."""

@@ -25,7 +25,8 @@ from cellhpc import ledger
 from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds
-from cellhpc.montage import draw_lots
+from cellhpc.montage import draw_lots, read_resized
+from cellhpc.names import model_name
 from cellhpc.sheet import channel_colours, in_colour, resize
 from cellhpc.tiles import Store
 
@@ -206,8 +207,7 @@ def _tiles_of(
     try:
         chosen = choose(store.tiles, treatments)
         kept = chosen[:MOST]
-        px = next((px for px in store.tile_sizes_px if px >= TILE_PX), store.tile_sizes_px[-1])
-        pixels = [resize(tile, TILE_PX) for tile in store.read(kept, px)]
+        pixels = read_resized(store, kept, TILE_PX)
     except (UserError, OSError) as fault:
         cautions.append(f"There are no tiles of the treatments that were called wrong: {fault}")
         return [], 0
@@ -243,7 +243,7 @@ def _explained(runs: Iterable[Path], cautions: list[str]) -> tuple[list[dict[str
 def _read(folder: Path) -> list[dict[str, Any]]:
     """Read the attributions of a run: pixels and maps of `TILE_PX`, where they lie, and whose call they are of."""
     facts = ledger.read_json(folder / "run.json")
-    model = f"{facts['network']}, {facts['initialisation']}, seed {facts['seed']}"
+    model = f"{model_name(facts)}, seed {facts['seed']}"
     with np.load(folder / ATTRIBUTIONS, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     words = ("treatment", "call", "plate", "well", "field", "tile")

@@ -28,15 +28,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cellhpc.errors import DataError, listing
-
-How: TypeAlias = Literal["mean", "median", "log", "vote"]
+from cellhpc.settings import How
 
 LEVELS = ("tile", "field", "well", "treatment", "compound")
 PREFIX = "p_"

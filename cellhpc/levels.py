@@ -16,7 +16,6 @@ from cellhpc.ladder import (
     LOG_FLOOR,
     PREFIX,
     Groups,
-    How,
     Ladder,
     Scored,
     finest,
@@ -27,6 +26,7 @@ from cellhpc.ladder import (
     place,
     require_columns,
 )
+from cellhpc.settings import How
 
 __all__ = [
     "KEYS", "LEVELS", "LOG_FLOOR", "PREFIX", "Called", "How", "Ladder", "Scored", "average_tables", "called_table",

@@ -55,8 +55,7 @@ def montage(store: Store, labels: Sequence[str] | None = None, per_label: int = 
     drawn = choose_tiles(store.tiles, sorted({*store.tiles["label"]}) if labels is None else labels, per_label)
     if drawn.empty:
         raise DataError(f"{store.folder}: there is no tile to show: all are near-empty.")
-    px = next((px for px in store.tile_sizes_px if px >= TILE_PX), store.tile_sizes_px[-1])
-    pictures = in_colour([resize(tile, TILE_PX) for tile in store.read(drawn, px)], store.channels)
+    pictures = in_colour(read_resized(store, drawn, TILE_PX), store.channels)
     words = [_describe(*one) for one in zip(drawn["compound"], drawn["concentration"], drawn["unit"], strict=True)]
     height = _TITLE_PX + TILE_PX + _LINE_PX * max(map(len, words)) + _BETWEEN_PX
     corners, width, bottom = _flow(Counter(drawn["label"]), height)
@@ -72,6 +71,12 @@ def montage(store: Store, labels: Sequence[str] | None = None, per_label: int = 
     caption = f"One tile of each of up to {per_label} compounds of a label, drawn by lot."
     sheet.write(_MARGIN_PX, bottom + 48, caption, 7.5, color=GREY)
     return sheet
+
+
+def read_resized(store: Store, tiles: pd.DataFrame, side_px: int) -> list[np.ndarray]:
+    """Read tiles and resize them to a side, from the smallest that are not below it where a store has several."""
+    stored_px = next((px for px in store.tile_sizes_px if px >= side_px), store.tile_sizes_px[-1])
+    return [resize(tile, side_px) for tile in store.read(tiles, stored_px)]
 
 
 def draw_lots(table: pd.DataFrame, *names: str) -> list[str]:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cellhpc.errors import DataError, UsageError
 from cellhpc.progress import progress
-from cellhpc.scores import KEYS, PREFIX, baselines, combine, score
+from cellhpc.scores import KEYS, PREFIX, baselines, combine, counted, score
 
 LeftOut: TypeAlias = Literal["compound", "compound_and_batch"]
 How: TypeAlias = Literal["mean", "median"]
@@ -221,21 +221,12 @@ def render_baseline(found: Mapping[str, Any], title: str) -> Table:
                 continue
             for level in (level for level in LEVELS if level in levels):
                 aside = f"{levels['not_scorable']}" if level == "treatment" else ""
-                table.add_row(method_words, words, level, *_counted(levels[level]), aside)
+                table.add_row(method_words, words, level, *counted(levels[level]), aside)
         table.add_section()
     names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
     for key, words in names.items():
         if known := found["baselines"][key]:
-            table.add_row(words, LEFT_OUT["compound"], "treatment", *_counted(known), "", style="dim")
+            table.add_row(words, LEFT_OUT["compound"], "treatment", *counted(known), "", style="dim")
     chance = f"{100 * found['baselines']['chance']:.1f}"
     table.add_row(f"chance, 1 of {len(found['classes'])} classes", "", "", "", chance, "", "", style="dim")
     return table
-
-
-def _counted(level: Mapping[str, Any]) -> tuple[str, str, str]:
-    low, high = level["wilson95"]
-    return (
-        f"{level['correct']}/{level['total']}",
-        f"{100 * level['accuracy']:.1f}",
-        f"{100 * low:.1f} to {100 * high:.1f}",
-    )

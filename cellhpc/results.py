@@ -16,6 +16,7 @@ from cellhpc.folds import Folds
 from cellhpc.gallery import make_gallery
 from cellhpc.levels import PREFIX, Ladder, Scored, called_units
 from cellhpc.montage import montage
+from cellhpc.names import model_name
 from cellhpc.outliers import outliers
 from cellhpc.report import render_report
 from cellhpc.report.compounds import wrong_treatments
@@ -124,7 +125,7 @@ def write_results(
             ledger.write_table(results / name, table)
     matrices, pictures = {}, {}
     for model in document["models"]:
-        title = f"{model['network']}, {model['initialisation']}"
+        title = model_name(model)
         matrix = pd.DataFrame(model["confusion"], index=pd.Index(classes, name="label"), columns=classes)
         name = f"confusion-{model['slug']}"
         matrices[title] = matrix

@@ -50,8 +50,6 @@ class FinishedRun:
         Images per second of each epoch but the first, float64.
     memory_mb, ranks
         Peak memory of rank 0; processes.
-    unknown
-        Label that its fold leaves out altogether; empty without.
     search
         How it chose its settings, if it did.
     """
@@ -70,7 +68,6 @@ class FinishedRun:
     speeds: NDArray
     memory_mb: float | None
     ranks: int
-    unknown: str
     search: dict[str, Any] | None
 
     @property
@@ -125,18 +122,17 @@ def read_runs(
         One line for each thing that is wrong.
     """
     runs, problems, origin = [], [], Origin()
-    split = _Split(folds.by, folds.sha256, {fold.name: fold for fold in folds.folds})
     for unit, folder in outputs.items():
         try:
             facts = ledger.read_json(folder / "run.json")
             epochs = ledger.read_json(folder / "history.json")["epochs"]
-            problems += [f"{unit.name}: {problem}" for problem in _problems_of(facts, epochs, classes, split)]
+            problems += [f"{unit.name}: {problem}" for problem in _problems_of(facts, epochs, classes, folds)]
             runs.append(_kept(unit.name, folder, facts, epochs))
         except (OSError, DataError, ValueError, KeyError) as fault:
             problems.append(f"{unit.name}: {_unreadable(fault)}")
             continue
         origin.add(facts)
-    return runs, origin, problems + _problems_between(runs)
+    return runs, origin, problems + _problems_between(runs, folds)
 
 
 def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> FinishedRun:
@@ -158,7 +154,6 @@ def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: Sequence[Ma
         speeds=np.array([epoch["images_per_s"] for epoch in epochs[1:] or epochs]),
         memory_mb=facts.get("memory_mb") or None,
         ranks=int(facts.get("ranks", 1)),
-        unknown=str(facts["fold"].get("unknown", "")),
         search=search,
     )
 
@@ -167,30 +162,21 @@ def _unreadable(fault: Exception) -> str:
     return f"can't be read: {fault!s}".splitlines()[0]
 
 
-@dataclass(frozen=True)
-class _Split:
-    """What is asked of `Folds` for every run: its hash is computed once."""
-
-    by: str
-    sha256: str
-    folds: Mapping[str, Fold]
-
-
 def _problems_of(
-    facts: Mapping[str, Any], epochs: Sequence[Any], classes: Sequence[str], split: _Split
+    facts: Mapping[str, Any], epochs: Sequence[Any], classes: Sequence[str], folds: Folds
 ) -> Iterator[str]:
     """Say what is wrong with the record of one run, by itself and against the split."""
-    if facts["folds_sha256"] != split.sha256:
-        yield f"split {facts['folds_sha256'][:12]}, the study's folds.json has {split.sha256[:12]}"
+    if facts["folds_sha256"] != folds.sha256:
+        yield f"split {facts['folds_sha256'][:12]}, the study's folds.json has {folds.sha256[:12]}"
     yield from problems_of_classes("run.json", facts["classes"], classes)
     name, held_out = str(facts["fold"]["name"]), set(facts["fold"]["held_out"])
-    fold = split.folds.get(name, Fold(name, ()))
+    fold = folds.named(name)
     if set(fold.held_out) != held_out:
         yield f"fold {name} holds out {listing(held_out)}; folds.json: {listing(fold.held_out)}"
     if (unknown := facts["fold"].get("unknown", "")) != fold.unknown:
         yield f"fold {name} leaves out the label {unknown or 'none'}; folds.json: {fold.unknown or 'none'}"
     if trained := held_out & set(facts.get("trained_on", ())):
-        yield f"holds out {split.by} {listing(trained)}, which it trained on: a leak"
+        yield f"holds out {folds.by} {listing(trained)}, which it trained on: a leak"
     inner = set(fold.inner)
     search = facts.get("search")
     if search is None:
@@ -199,11 +185,11 @@ def _problems_of(
     else:
         asked, learnt = set(search["asked"]), set(search["trained_on"])
         if leaked := held_out & (asked | learnt):
-            yield f"holds out {split.by} {listing(leaked)}, which took part in its search: a leak"
+            yield f"holds out {folds.by} {listing(leaked)}, which took part in its search: a leak"
         if asked != inner:
-            yield f"chose on {split.by} {listing(asked)}; folds.json: {listing(inner)}"
+            yield f"chose on {folds.by} {listing(asked)}; folds.json: {listing(inner)}"
         if both := asked & learnt:
-            yield f"its search trained on {split.by} {listing(both)}, on which it chose: a leak"
+            yield f"its search trained on {folds.by} {listing(both)}, on which it chose: a leak"
         if len(epochs) != (chosen := facts["settings"]["epochs"]):
             yield f"its history has {len(epochs)} epochs, and it chose {chosen}"
     if not epochs:
@@ -217,15 +203,15 @@ def problems_of_classes(where: str, found: Sequence[str], classes: Sequence[str]
         yield f"classes in {where} are {', '.join(found)}; expected{order}: {', '.join(classes)}"
 
 
-def _problems_between(runs: Sequence[FinishedRun]) -> list[str]:
+def _problems_between(runs: Sequence[FinishedRun], folds: Folds) -> list[str]:
     """List what is wrong among runs: held out twice by one model and seed, or histories of different lengths."""
-    problems = []
+    problems, labels_left_out = [], folds.unknown
     held_out: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     epochs: dict[tuple[str, str], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for value in run.held_out:
             # Where labels are left out, what is known is held out by several folds.
-            held_out[(*run.model, run.seed, value, run.fold if run.unknown else "")].append(run.id)
+            held_out[(*run.model, run.seed, value, run.fold if labels_left_out else "")].append(run.id)
         if run.search is None:  # else epochs may have been what it chose
             epochs[run.model][len(run.curves)].append(run.id)
     for (network, start, seed, value, _), ids in held_out.items():
@@ -262,15 +248,13 @@ class FoldReader:
     Parameters
     ----------
     fold
-        Its name.
+        The fold.
     classes, folds
         What the runs were trained for.
-    unknown
-        Label that the fold leaves out altogether; empty without.
     """
 
-    def __init__(self, fold: str, classes: Sequence[str], folds: Folds, unknown: str = "") -> None:
-        self.fold, self.classes, self.folds, self.unknown = fold, classes, folds, unknown
+    def __init__(self, fold: Fold, classes: Sequence[str], folds: Folds) -> None:
+        self.fold, self.classes, self.folds = fold, classes, folds
         self._known: list[_Keys] = []
         self._columns = [PREFIX + name for name in classes]
 
@@ -336,9 +320,9 @@ class FoldReader:
                 return keys
         if missing := [name for name in KEYS["tile"] if name not in own.column_names]:
             raise DataError(f"{PREDICTIONS} has no column {listing(missing)}.")
-        frame = own.to_pandas().assign(fold=self.fold)
-        if self.unknown:
-            frame[UNKNOWN] = frame["label"] == self.unknown
+        frame = own.to_pandas().assign(fold=self.fold.name)
+        if self.fold.unknown:
+            frame[UNKNOWN] = frame["label"] == self.fold.unknown
         by, also = (
             frozenset(frame[name].astype(str)) if name in frame else frozenset()
             for name in (self.folds.by, self.folds.also)

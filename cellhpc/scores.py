@@ -31,7 +31,7 @@ from cellhpc.levels import (
 __all__ = [
     "KEYS", "LEVELS", "PREFIX", "How", "accuracy", "average_tables", "baselines", "bootstrap",
     "bootstrap_over_compounds", "by_compound", "by_label", "check_probabilities", "classes_of", "combine", "confusion",
-    "draws", "entry", "levels", "macro", "per_compound", "percentiles95", "score", "spread",
+    "counted", "draws", "entry", "levels", "macro", "per_compound", "percent", "percentiles95", "score", "spread",
 ]  # fmt: skip
 
 RESAMPLES = 2000
@@ -75,6 +75,21 @@ def accuracy(correct: int, total: int) -> dict[str, Any]:
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"{correct} correct of {total} is no accuracy")
     return {"correct": correct, "total": total, "accuracy": correct / total, "wilson95": list(_wilson(correct, total))}
+
+
+def percent(share: float) -> str:
+    """Write a share as percent with one digit, without the sign."""
+    return f"{100 * share:.1f}"
+
+
+def counted(accuracy: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Write counts, accuracy and Wilson interval."""
+    low, high = accuracy["wilson95"]
+    return (
+        f"{accuracy['correct']}/{accuracy['total']}",
+        percent(accuracy["accuracy"]),
+        f"{percent(low)} to {percent(high)}",
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -335,10 +335,14 @@ class SweepSettings(Settings):
         return self
 
 
+How: TypeAlias = Literal["mean", "median", "log", "vote"]
+"""Rules by which probabilities are combined: see `AggregateSettings.combine`."""
+
+
 class AggregateSettings(Settings):
     """`[aggregate]`: tile predictions to calls."""
 
-    combine: Literal["mean", "median", "log", "vote"] = "mean"
+    combine: How = "mean"
     """How probabilities are combined on each level: their mean; the paper's element-wise `median`, renormalised; the
     mean of their logarithms, `log`, that is the geometric mean, normalised; or the share of calls, `vote`."""
 

@@ -7,7 +7,6 @@ A site file is TOML with the sections `[slurm]`, `[convert]`, `[train]`, `[aggre
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -199,7 +198,7 @@ class Site(Settings):
         return Placement.model_construct(**placed | {"options": self.slurm.options | stage.options})
 
 
-def load_site(path: Path | str, overrides: Sequence[str] = ()) -> Site:
+def load_site(path: Path | str) -> Site:
     """Read a site file.
 
     Raises
@@ -207,7 +206,7 @@ def load_site(path: Path | str, overrides: Sequence[str] = ()) -> Site:
     UsageError
         The file is missing or not TOML, a key is unknown (the valid ones are listed), or a value is not allowed.
     """
-    return load(Site, path, "site file", "Examples lie in slurm/, for instance slurm/local.toml.", overrides)
+    return load(Site, path, "site file", "Examples lie in slurm/, for instance slurm/local.toml.")
 
 
 def parse_site(document: dict[str, Any], source: str) -> Site:

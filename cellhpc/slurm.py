@@ -112,28 +112,6 @@ def remembered(jobs: Iterable[str]) -> tuple[dict[str, JobState], list[str]]:
                     comment=facts.get("Comment", ""),
                 )
     return states, notes
-    try:
-        asked = ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", ",".join(wanted))
-    except NotAnswered as fault:
-        notes.append(f"Without accounting ({fault}), how a job ended is known from its own records.")
-    else:
-        for line in asked.splitlines():
-            job, state, code, nodes = line.split("|")
-            states[job] = JobState(job, state.split()[0], nodes=nodes, exit_code=code)
-    for job in wanted:
-        try:
-            told = ask("scontrol", "show", "job", "-o", job)
-        except NotAnswered:
-            continue  # forgotten: the controller keeps a job for MinJobAge
-        for line in told.splitlines():
-            facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            array = facts.get("ArrayJobId")
-            names = [f"{array}_{index}" for index in _indices(facts["ArrayTaskId"])] if array else [facts["JobId"]]
-            for name in names:
-                states[name] = JobState(
-                    name, facts["JobState"], facts.get("Reason", ""), facts.get("NodeList", ""), 0.0, facts["ExitCode"]
-                )
-    return states, notes
 
 
 def cancel(jobs: Sequence[str]) -> None:

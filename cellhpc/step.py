@@ -13,6 +13,9 @@ from cellhpc.networks import HEAD_DROPOUT, HEAD_LOGITS, Network
 from cellhpc.ranks import Ranks
 from cellhpc.recipe import Part, TrainSettings
 
+FEATURE_BYTES = 2**28
+"""Features of all tiles that a process may keep, for each compiled network."""
+
 
 def make_optimizer(settings: TrainSettings, variables: list[Any]) -> Any:
     """Make the optimiser of Keras variables; its own variables are what `clear_optimizer` sets."""
@@ -103,8 +106,8 @@ class Graphs:
         How to train.
     ranks
         The processes that train together.
-    cached
-        Training and prediction take what `features` says of tiles, instead of tiles.
+    tiles
+        How many there are, if all are in memory; else 0.
     """
 
     def __init__(
@@ -116,12 +119,15 @@ class Graphs:
         side_px: int,
         settings: TrainSettings,
         ranks: Ranks,
-        cached: bool = False,
+        tiles: int = 0,
     ) -> None:
         self.network, self.model, self.optimizer, self.channels = network, model, optimizer, channels
-        self.side_px, self.settings, self.ranks, self.cached = side_px, settings, ranks, cached
+        self.side_px, self.settings, self.ranks = side_px, settings, ranks
         self.views = 8 if settings.predict_rotations else 1
         """Orientations in which a tile is predicted."""
+        self.cached = settings.fixed_features and 0 < tiles * self.views * self.width * 4 <= FEATURE_BYTES
+        """Training and prediction take what `features` says of tiles, instead of tiles: it does not change, and that of
+        all tiles is not large."""
 
     @cached_property
     def _backbone(self) -> Any:

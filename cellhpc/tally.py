@@ -196,13 +196,13 @@ class ModelTally:
 
     @cached_property
     def assessment(self) -> Assessment:
-        """What is known of its uncertainty, when all folds are there; members are what `members` gives."""
+        """What is known of its uncertainty; members are those of `members` that have all folds."""
         asked, members = self.asked, self.members()
         whole = np.isfinite(members).all(axis=(1, 2))
         of_seeds = {seed for (seed, _), kept in zip(sorted(self._members), whole, strict=True) if kept}
         kind = "seeds" if not self._drawn else "seeds and dropout draws" if len(of_seeds) > 1 else "dropout draws"
         unknown = asked[UNKNOWN].to_numpy(dtype=bool) if UNKNOWN in asked else None
-        return assess(asked, self.classes, members[whole] if whole.sum() > 1 else None, kind, unknown)
+        return assess(asked, self.classes, members[whole], kind, unknown)
 
     def document(self) -> dict[str, Any]:
         """Score the model: the part of its entry in `scores.json` that is of predictions alone."""

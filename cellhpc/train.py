@@ -39,12 +39,8 @@ from cellhpc.ranks import Ranks
 from cellhpc.recipe import TrainSettings
 from cellhpc.schedule import learning_rate
 from cellhpc.scores import levels
-from cellhpc.step import Graphs, clear_optimizer, head_layers, make_optimizer, trained_variables
+from cellhpc.step import Graphs, clear_optimizer, make_optimizer, trained_variables
 from cellhpc.sweep import Run
-
-FEATURE_BYTES = 2**28
-"""Features of all tiles that a process may keep, for each compiled network."""
-
 
 __all__ = [
     "Data", "Interrupted", "NotFinite", "RunFailed", "Superseded", "Trainer", "Watch", "load_data", "train_run",
@@ -123,21 +119,13 @@ class Trainer:
             self._side_px,
             settings,
             ranks,
-            cached=self._keeps_features(),
+            len(data.pixels) if isinstance(data.pixels, np.ndarray) else 0,
         )
         self._features_of: tuple[str, int | None] | None = None
         parts = dict.fromkeys((settings.part(1), settings.part(settings.epochs)))
         self._steps = {part: graphs.training(part) for part in parts}
         self.predictor = Predictor(graphs, data, ranks)
         """Asks the network, as it is at that moment, of tiles."""
-
-    def _keeps_features(self) -> bool:
-        """Tell whether what the backbone says of all tiles is kept: it does not change, and is not large."""
-        pixels, settings = self.data.pixels, self.settings
-        if not (settings.fixed_features and isinstance(pixels, np.ndarray)):
-            return False
-        width = int(head_layers(self.model)[0].input.shape[1]) * (8 if settings.predict_rotations else 1)
-        return len(pixels) * width * 4 <= FEATURE_BYTES
 
     def use(self, settings: TrainSettings) -> None:
         """Train with other settings from now on; `TrainSettings.graph` of both is the same."""

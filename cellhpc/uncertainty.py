@@ -78,8 +78,8 @@ def assess(
     classes
         Names of the classes, in the order of the networks' outputs.
     members
-        Probabilities of the members (members, treatments, classes), treatments in the order of the table. A member that
-        lacks a treatment (NaN: a run that is missing) is left out.
+        Probabilities of the members (members, treatments, classes), treatments in the order of the table; each has all
+        of them.
     kind
         What a member is, in words: `seeds`, `dropout draws`, `seeds and dropout draws`.
     unknown
@@ -112,9 +112,8 @@ def assess(
     values = treatments[[PREFIX + name for name in classes]].to_numpy(dtype=np.float64)
     if members is not None and members.shape[1:] != values.shape:
         raise ValueError(f"members are of {members.shape[1:]} treatments and classes, the table of {values.shape}")
-    if members is not None:
-        members = members[np.isfinite(members).all(axis=(1, 2))]
-        members = members if len(members) > 1 else None
+    if members is not None and len(members) < 2:
+        members = None
     known = np.ones(len(values), bool) if unknown is None else ~np.asarray(unknown, dtype=bool)
     parts = decompose(members) if members is not None else {"entropy": entropy(values)}
     table = treatments.reset_index(drop=True)

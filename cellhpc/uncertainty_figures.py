@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from cellhpc.figures import _STYLE, COLOURS, FAINT, GREY, INK, _figure, _line_of, _wrap_title
+from cellhpc.figures import COLOURS, FAINT, GREY, INK, STYLE, legend_lines, line_of, new_figure, wrap_title
+from cellhpc.names import model_name
 
 RELIABILITY_CAPTION = (
     "Treatments by their highest probability; below the diagonal: too sure.\n"
@@ -44,8 +45,8 @@ def reliability_figure(models: Sequence[Mapping[str, Any]]) -> Figure | None:
     rows = -(-len(models) // columns)
     side, strip, gap, between, left, top, under, foot = 2.3, 0.55, 0.5, 0.13, 0.7, 0.45, 0.5, 0.8
     tall = top + side + between + strip + under
-    with mpl.rc_context(_STYLE):
-        figure = _figure(max(left + columns * (side + gap), 5.2), rows * tall + foot)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(max(left + columns * (side + gap), 5.2), rows * tall + foot)
         width, height = figure.get_size_inches()
         left += (width - left - columns * (side + gap)) / 2
         for number, model in enumerate(models):
@@ -54,7 +55,7 @@ def reliability_figure(models: Sequence[Mapping[str, Any]]) -> Figure | None:
             axes = figure.add_axes((x / width, y / height, side / width, side / height))
             below = figure.add_axes((x / width, (y - between - strip) / height, side / width, strip / height))
             _draw_reliability(axes, below, model["uncertainty"]["calibration"])
-            axes.set_title(_wrap_title(_name(model), side), loc="left", fontsize=9, pad=6)
+            axes.set_title(wrap_title(model_name(model), side), loc="left", fontsize=9, pad=6)
             if column == 0:
                 axes.set_ylabel("Accuracy")
                 below.set_ylabel("Count", labelpad=8)
@@ -82,12 +83,10 @@ def conformal_figure(models: Sequence[Mapping[str, Any]], classes: int) -> Figur
     models = _with(models, "conformal")
     if not models:
         return None
-    networks = list(dict.fromkeys(model["network"] for model in models))
-    starts = list(dict.fromkeys(model["initialisation"] for model in models))
     legend_rows = -(-len(models) // 2)
     foot = 0.95 + 0.2 * legend_rows
-    with mpl.rc_context(_STYLE):
-        figure = _figure(7.6, 4.9 + foot)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(7.6, 4.9 + foot)
         height = figure.get_size_inches()[1]
         panels = figure.subplots(2, 2, sharex=True, sharey="col")
         for (coverage, size), kind, words in zip(
@@ -97,7 +96,7 @@ def conformal_figure(models: Sequence[Mapping[str, Any]], classes: int) -> Figur
             places = np.arange(len(alphas))
             for number, model in enumerate(models):
                 entries = model["uncertainty"]["conformal"][kind]
-                colour, line = _line_of(model, networks, starts)
+                colour, line = line_of(model, models)
                 shift = places + 0.09 * (number - (len(models) - 1) / 2)
                 at = np.array([entry["coverage"] for entry in entries])
                 ends = np.array([entry["wilson95"] for entry in entries])
@@ -125,7 +124,7 @@ def conformal_figure(models: Sequence[Mapping[str, Any]], classes: int) -> Figur
         for axes in panels[1]:
             axes.set_xlabel("1 - alpha")
         figure.legend(
-            handles=_handles(models, networks, starts),
+            handles=legend_lines(models),
             loc="lower center",
             ncols=min(2, len(models)),
             handlelength=3.4,
@@ -143,17 +142,15 @@ def rejection_figure(models: Sequence[Mapping[str, Any]]) -> Figure | None:
     models = _with(models, "rejection")
     if not models:
         return None
-    networks = list(dict.fromkeys(model["network"] for model in models))
-    starts = list(dict.fromkeys(model["initialisation"] for model in models))
     foot = 1.05 + 0.2 * (len(models) + 1)
-    with mpl.rc_context(_STYLE):
-        figure = _figure(6.4, 3.3 + foot)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(6.4, 3.3 + foot)
         height = figure.get_size_inches()[1]
         axes = figure.subplots()
         highest = 0.0
         for model in models:
             entry = model["uncertainty"]["rejection"]
-            colour, line = _line_of(model, networks, starts)
+            colour, line = line_of(model, models)
             coverage, risk = (np.array([at[name] for at in entry["curve"]]) for name in ("coverage", "risk"))
             marks = max(len(coverage) // 8, 1)
             axes.plot(coverage, risk, color=colour, lw=2, ms=4.5, markevery=marks, clip_on=False, zorder=3, **line)
@@ -171,12 +168,12 @@ def rejection_figure(models: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.set_xlabel("Treatments kept")
         axes.set_ylabel("Wrong among them")
         handles = [
-            *_handles(models, networks, starts),
+            *legend_lines(models),
             Line2D([], [], color=GREY, lw=1, ls=(0, (1, 2)), label="in random order"),
         ]
         for handle, model in zip(handles, models, strict=False):
             entry = model["uncertainty"]["rejection"]
-            handle.set_label(f"{_name(model)}: AURC {entry['aurc']:.4f}, best {entry['aurc_best']:.4f}")
+            handle.set_label(f"{model_name(model)}: AURC {entry['aurc']:.4f}, best {entry['aurc_best']:.4f}")
         figure.legend(handles=handles, loc="lower center", handlelength=3.4, bbox_to_anchor=(0.5, 0.42 / height))
         figure.text(0.5, 0.1 / height, REJECTION_CAPTION, ha="center", va="bottom", fontsize=7.5, color=GREY)
         figure.subplots_adjust(left=0.11, right=0.97, top=1 - 0.15 / height, bottom=foot / height)
@@ -225,15 +222,3 @@ def _draw_reliability(axes: Axes, below: Axes, entry: Mapping[str, Any]) -> None
 
 def _with(models: Sequence[Mapping[str, Any]], part: str) -> list[Mapping[str, Any]]:
     return [model for model in models if (model.get("uncertainty") or {}).get(part)]
-
-
-def _name(model: Mapping[str, Any]) -> str:
-    return f"{model['network']}, {model['initialisation']}"
-
-
-def _handles(models: Sequence[Mapping[str, Any]], networks: Sequence[str], starts: Sequence[str]) -> list[Line2D]:
-    return [
-        Line2D([], [], color=colour, lw=2, ms=4.5, label=_name(model), **line)
-        for model in models
-        for colour, line in [_line_of(model, networks, starts)]
-    ]

@@ -32,6 +32,8 @@ def test_every_compound_is_held_out_once_and_never_trained_on() -> None:
         assert set(TABLE.loc[held_out, "compound"]) == {fold.name}
         assert fold.name not in set(TABLE.loc[training, "compound"])
         assert (held_out ^ training).all()
+        assert folds.named(fold.name) is fold
+    assert folds.named("c1").held_out == ()
 
 
 def test_controls_and_fields_that_were_left_out_take_no_part() -> None:

@@ -20,13 +20,9 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.predictions import read_predictions, score_predictions
 from tests.conftest import Cellhpc
 from tests.made_up import CLASSES, make_study, predictions
+from tests.made_up_scores import CLASSES as MOAS
 from tests.test_aggregate import violations
 
-MOAS = (
-    "Actin disruptors", "Aurora kinase inhibitors", "Cholesterol-lowering", "DNA damage", "DNA replication",
-    "Eg5 inhibitors", "Epithelial", "Kinase inhibitors", "Microtubule destabilizers", "Microtubule stabilizers",
-    "Protein degradation", "Protein synthesis",
-)  # fmt: skip
 SIZES = (5, 12, 6, 9, 8, 12, 8, 3, 14, 9, 7, 10)
 """Treatments of each class: 103 in all."""
 WRONG = {0: 3, 40: 6, 90: 11}

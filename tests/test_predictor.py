@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from cellhpc import train
+from cellhpc import step
 from cellhpc.attributions import ATTRIBUTIONS, wrong_tiles
 from cellhpc.augment import orient
 from cellhpc.data import load_data
@@ -306,7 +306,7 @@ class TestFixedFeatures:
         for keys in ({"trained": "all"}, {"trained": "head_first"}, {"augment": {"noise": 0.5}}):
             assert not settings(**{**ALONE, **keys}).fixed_features
         data, _ = small.data(per_compound=1)
-        monkeypatch.setattr(train, "FEATURE_BYTES", len(data.tiles) * 256 * 4)  # 256 features of each tile
+        monkeypatch.setattr(step, "FEATURE_BYTES", len(data.tiles) * 256 * 4)  # 256 features of each tile
         for rotations in (False, True):
             of = Trainer(MOBILENET, data, settings(**ALONE, predict_rotations=rotations), OneRank())
             assert of.predictor.graphs.cached != rotations

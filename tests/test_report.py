@@ -122,7 +122,7 @@ def test_provenance_is_on_the_page(page: str, scores: dict[str, Any]) -> None:
 def test_a_page_of_one_seed_without_settings(scores: dict[str, Any]) -> None:
     model = {**scores["models"][0], "seeds": [0], "wrong": []}
     alone = {**scores, "models": [model], "settings": {}, "complete": True}
-    alone["baselines"] = {"chance": 1 / 3, "majority": None, "batch_only": None}
+    alone["baselines"] = {"chance": 1 / 3, "majority": None, "batch_only": None, "table": []}
     page = render_report(alone, dict.fromkeys(("confusion", f"confusion-{model['slug']}", "learning-curves"), PNG))
     assert 'class="missing"' not in page
     assert "none, all 14 were right." in page
@@ -185,7 +185,7 @@ class TestFullPage:
         bare = copy.deepcopy(made.document)
         for name in ("folds", "runs", "comparisons", "settings"):
             del bare[name]
-        bare.update(quality={}, provenance={}, baselines={"chance": 1 / 12})
+        bare.update(quality={}, provenance={}, baselines={"chance": 1 / 12, "table": []})
         for model in bare["models"]:
             for name in ("uncertainty", "macro", "by_label", "spread", "cost"):
                 del model[name]

@@ -9,6 +9,7 @@ import pytest
 from cellhpc import scores
 from cellhpc.levels import PREFIX, Ladder, average_tables, check_probabilities, combine
 from cellhpc.tally import ModelTally, Predicted
+from cellhpc.uncertainty import assess
 from tests.made_up import CLASSES, predictions
 
 COLUMNS = [PREFIX + name for name in CLASSES]
@@ -63,6 +64,17 @@ def test_members_are_the_seeds_in_the_order_of_the_treatments() -> None:
         np.testing.assert_allclose(members[number][there], own[there], atol=1e-6)
     assert np.isnan(members[0][(treatments["compound"] == "PP-2").to_numpy()]).all()
     assert model.document()["spread"] is None  # one of the two seeds lacks a fold
+
+
+def test_a_member_that_lacks_a_fold_says_nothing_of_uncertainty() -> None:
+    tables = {seed: predictions(seed=seed) for seed in range(4)}
+    tables[1] = tables[1][tables[1]["compound"] != "PP-2"]
+    model = fold_by_fold(tables)
+    found = model.assessment.document
+    assert found == assess(model.asked, CLASSES, model.members()[[0, 2, 3]], "seeds").document
+    assert found["decomposition"]["members"] == 3
+    left = {seed: tables[seed] for seed in (0, 1)}
+    assert fold_by_fold(left).assessment.document["decomposition"] is None
 
 
 def test_draws_of_dropout_are_members_in_place_of_their_seed() -> None:

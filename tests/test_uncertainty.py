@@ -238,16 +238,6 @@ def test_one_class() -> None:
     assert found["repeat"] == []
 
 
-def test_a_member_that_lacks_a_treatment_is_left_out(table: pd.DataFrame) -> None:
-    members = members_of(table, 4)
-    lacking = members.copy()
-    lacking[1, 5] = np.nan
-    found = uncertainty.assess(table, CLASSES, lacking, "seeds").document
-    assert found == uncertainty.assess(table, CLASSES, members[[0, 2, 3]], "seeds").document
-    lacking[[0, 2], 7] = np.nan
-    assert uncertainty.assess(table, CLASSES, lacking, "seeds").document["decomposition"] is None
-
-
 def test_members_of_another_table_are_refused(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="members are of"):
         uncertainty.assess(table, CLASSES, members_of(table)[:, 1:])

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cellhpc.report.words import counted, percent
+from cellhpc.names import model_name
+from cellhpc.scores import counted, percent
 
 
 def render_scores(scores: Mapping[str, Any]) -> Table:
@@ -31,7 +32,7 @@ def render_scores(scores: Mapping[str, Any]) -> Table:
     for model in scores["models"]:
         levels = model["levels"]
         seeds = f", {len(model['seeds'])} seeds" if len(model["seeds"]) > 1 else ""
-        name = Text(f"{model['network']}, {model['initialisation']}{seeds}")
+        name = Text(model_name(model) + seeds)
         rest = [
             f"{percent(levels[level]['accuracy'])} % of {levels[level]['total']}" if level in levels else ""
             for level in ("well", "field", "tile")

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from cellhpc.gallery import Gallery, Shown
+from cellhpc.names import model_name, told_apart
 from cellhpc.scores import PREFIX
 
 SHOWN_FROM = 0.005
@@ -124,16 +125,7 @@ def compounds_of(
 
 def anchors(names: Sequence[str]) -> list[str]:
     """Make names for links: letters, digits and hyphens, each used once."""
-    used: dict[str, None] = {}
-    for name in names:
-        stem = "compound-" + (re.sub(r"[^\w]+", "-", name).strip("-") or "x")
-        number = next(n for n in range(1, len(names) + 1) if _numbered(stem, n) not in used)
-        used[_numbered(stem, number)] = None
-    return [*used]
-
-
-def _numbered(stem: str, number: int) -> str:
-    return stem if number == 1 else f"{stem}-{number}"
+    return told_apart(["compound-" + (re.sub(r"[^\w]+", "-", name).strip("-") or "x") for name in names])
 
 
 def _treatments(
@@ -155,7 +147,7 @@ def _treatments(
             doses.setdefault(key, _dose(row.get("concentration")))
             said.setdefault(key, []).append(
                 Saying(
-                    f"{model['network']}, {model['initialisation']}",
+                    model_name(model),
                     str(row["call"]),
                     bool(row["correct"]),
                     tuple(float(row[column]) for column in columns),

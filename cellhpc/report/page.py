@@ -17,6 +17,7 @@ from cellhpc.gallery import PER_TREATMENT, TILE_PX, Gallery
 from cellhpc.grid import describe
 from cellhpc.report import words
 from cellhpc.report.compounds import SET_AT, SHOWN_FROM, Compound, compounds_of
+from cellhpc.scores import percent
 
 SHOWN_LEVELS = ("treatment", "compound", "well", "field", "tile")
 PAGE_BYTES = 4_900_000
@@ -39,7 +40,6 @@ _MAY_LACK: dict[str, dict[str, Any]] = {
         "settings": {},
     },
     "provenance": {"runs": None, "submissions": [], "aggregate": None},
-    "baselines": {"majority": None, "batch_only": None, "table": None},
     "model": {"macro": None, "by_label": None, "spread": None, "uncertainty": None, "cost": None},
     "uncertainty": dict.fromkeys(("calibration", "conformal", "decomposition", "rejection", "repeat", "unknown")),
 }
@@ -115,7 +115,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["percent"] = words.percent
+    environment.filters["percent"] = percent
     environment.filters["points"] = words.points
     environment.filters["p_value"] = words.p_value
     environment.filters["describe"] = describe
@@ -137,8 +137,8 @@ def _filled(scores: Mapping[str, Any]) -> dict[str, Any]:
         told = {**_MAY_LACK["uncertainty"], **uncertainty} if uncertainty else None
         by_seed = {seed: {"folds": None, **entry} for seed, entry in model["by_seed"].items()}
         models.append({**_MAY_LACK["model"], **model, "by_seed": by_seed, "uncertainty": told})
-    parts = {name: {**_MAY_LACK[name], **scores.get(name, {})} for name in ("baselines", "provenance")}
-    return {**_MAY_LACK["scores"], **scores, **parts, "models": models}
+    provenance = {**_MAY_LACK["provenance"], **scores["provenance"]}
+    return {**_MAY_LACK["scores"], **scores, "provenance": provenance, "models": models}
 
 
 def _has_section(compound: Compound, sections_of: str) -> bool:

@@ -12,11 +12,6 @@ if TYPE_CHECKING:
 _NO_BREAK = "\u00a0"
 
 
-def percent(share: float) -> str:
-    """Write a share as percent with one digit, without the sign."""
-    return f"{100 * share:.1f}"
-
-
 def p_value(p: float) -> str:
     """Write a p-value with two digits that count; very small ones as a bound."""
     if p < 0.0001:
@@ -27,16 +22,6 @@ def p_value(p: float) -> str:
 def points(difference: float) -> str:
     """Write a difference of shares in percentage points, with its sign."""
     return f"{100 * difference:+.1f}".replace("-", "−") if round(1000 * difference) else "0.0"
-
-
-def counted(accuracy: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Write counts, accuracy and Wilson interval."""
-    low, high = accuracy["wilson95"]
-    return (
-        f"{accuracy['correct']}/{accuracy['total']}",
-        percent(accuracy["accuracy"]),
-        f"{percent(low)} to {percent(high)}",
-    )
 
 
 def short_probability(p: float) -> str:

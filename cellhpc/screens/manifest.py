@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from cellhpc.errors import UsageError, listing
-from cellhpc.screens.sheets import Sheet, find_table, read_sheet
+from cellhpc.screens.sheets import Sheet, find_table, read_sheet, remedy_of_columns
 from cellhpc.screens.table import COLUMNS, Screen, assemble, parse_concentrations, parse_fields
 from cellhpc.settings import ManifestScreen
 
@@ -88,10 +88,7 @@ def _require_columns(sheet: Sheet, settings: ManifestScreen) -> None:
         wanted[name] = "screen.extra_columns"
     for key, name in settings.columns.model_dump(exclude_none=True).items():
         wanted[name] = f'screen.columns.{key} = "{name}"'
-    remedy = "Change the keys in brackets to columns of the table."
-    if len(sheet.rows.columns) == 1:
-        remedy = f"It has one column only: is {settings.separator!r} its separator? Set screen.separator.\n{remedy}"
-    sheet.require_columns(wanted, remedy)
+    sheet.require_columns(wanted, remedy_of_columns(sheet, settings.separator))
 
 
 def _filled(template: str, rows: pd.DataFrame) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from cellhpc.errors import DataError, UsageError, listing
-from cellhpc.screens.sheets import find_table, read_sheet
+from cellhpc.screens.sheets import find_table, read_sheet, remedy_of_columns
 from cellhpc.screens.table import Screen, assemble, parse_concentrations
 from cellhpc.settings import MetaxpressScreen
 
@@ -72,10 +72,10 @@ def _read_plate_map(settings: MetaxpressScreen, problems: list[str]) -> pd.DataF
     path = find_table(settings.tables_folder, settings.table, "screen.table, or screen.tables")
     sheet = read_sheet(path, settings.separator, "screen.separator")
     columns = settings.columns.model_dump(exclude_none=True)
-    remedy = "Change the keys in brackets to columns of the table."
-    if len(sheet.rows.columns) == 1:
-        remedy = f"It has one column only: is {settings.separator!r} its separator? Set screen.separator.\n{remedy}"
-    sheet.require_columns({name: f'screen.columns.{key} = "{name}"' for key, name in columns.items()}, remedy)
+    sheet.require_columns(
+        {name: f'screen.columns.{key} = "{name}"' for key, name in columns.items()},
+        remedy_of_columns(sheet, settings.separator),
+    )
     rows = pd.DataFrame({key: sheet.rows[name] for key, name in columns.items()}, dtype=object)
 
     key = [name for name in ("plate", "well") if name in rows]

@@ -63,6 +63,14 @@ class Sheet:
             )
 
 
+def remedy_of_columns(sheet: Sheet, separator: str) -> str:
+    """Say what to change where keys of the job file name columns that are missing."""
+    remedy = "Change the keys in brackets to columns of the table."
+    if len(sheet.rows.columns) != 1:
+        return remedy
+    return f"It has one column only: is {separator!r} its separator? Set screen.separator.\n{remedy}"
+
+
 def find_table(folder: Path, name: str, key: str) -> Path:
     """Path of a table, or of the same name with `.gz`; `key` is the setting that leads to it.
 

@@ -105,7 +105,7 @@ def draw_cells(look: Look, size_px: tuple[int, int], cell_px: float, rng: np.ran
     for (y, x), radius in zip(places, radii, strict=True):
         centre = (reach + int(y), reach + int(x))
         if rng.random() < look.round:
-            _draw_round_cell(canvas, centre, look, 0.58 * radius, cell_px, rng)
+            _draw_round_cell(canvas, centre, look, 0.58 * radius, rng)
         else:
             _draw_spread_cell(canvas, centre, look, radius, cell_px, rng)
     return canvas[:, reach:-reach, reach:-reach]
@@ -187,7 +187,7 @@ def _nuclei(
 
 
 def _draw_round_cell(
-    canvas: Picture, centre: tuple[int, int], look: Look, radius: float, cell_px: float, rng: np.random.Generator
+    canvas: Picture, centre: tuple[int, int], look: Look, radius: float, rng: np.random.Generator
 ) -> None:
     """Draw a cell rounded up in mitosis: small, bright, with condensed chromosomes."""
     outline = radius * _outline(0.03, 0.01, range(3, 5), rng)
