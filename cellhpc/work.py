@@ -196,8 +196,6 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     about = {"host": platform.node(), "pid": os.getpid(), "submission": submission.number, "task": task.name}
     about |= {"attempt": attempt.name, "job": _slurm_job(), "started": psutil.Process().create_time()}
     here = submission.executor == "here"  # the tasks of a submission share this host
-    if "synchronised" in {job.train.batch_norm, *(one.settings.batch_norm for one in job.candidates)}:
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")  # each such layer waits for a cycle
     limit = allowed(job.sweep.memory_gb, jobs=min(job.sweep.parallel_jobs, len(submission.tasks)) if here else 1)
     with joined() as ranks:
         group = _TrainingGroup(study, job, folds, ranks, watch, attempt, about)

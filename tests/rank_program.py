@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 
 import numpy as np
 
@@ -25,5 +26,7 @@ with joined() as ranks:
         "gather": ranks.gather(np.full((ranks.rank + 1, 2), ranks.rank, np.float32)).tolist(),
         "equal": ranks.equal([np.ones(3)]),
         "unequal": ranks.equal([np.full(3, ranks.rank)]),
+        "computes_at": os.getpriority(os.PRIO_PROCESS, threading.get_native_id()),
+        "threads_at": sorted({os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")}),
     }
 print("SAW " + json.dumps(seen))
