@@ -216,10 +216,10 @@ def _threads() -> set[int]:
 def _step_back(threads: Collection[int]) -> None:
     """Give way: of these threads, those that wait for news of sockets are to run behind all others.
 
-    Gloo's do so (`Loop::run`). While Horovod's thread holds the lock of a socket that has news, they ask for it again and
-    again (`Pair::handleEvents` only tries the lock). Where a rank has one core, they keep it from the very thread that
-    would free the lock, until the scheduler's next tick, some milliseconds later: as much as a small network's gradients
-    take to travel. A thread that steps back is interrupted at once.
+    Gloo's do so (`Loop::run`). While Horovod's thread holds the lock of a socket that has news, they ask for them again
+    and again (`Pair::handleEvents` only tries the lock). Where a rank has one core, they keep it from the very thread
+    that would free the lock, until the scheduler's next tick, some milliseconds later: longer than the gradients of a
+    small network travel. A thread that steps back is interrupted at once.
     """
     waiting: set[int] = set()
     for _ in range(LOOKS if threads else 0):

@@ -11,7 +11,7 @@ import numpy as np
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
 
-from cellhpc.ranks import joined
+from cellhpc.ranks import _threads, joined
 
 with joined() as ranks:
     variable = tf.Variable([float(ranks.rank + 1)])
@@ -27,6 +27,6 @@ with joined() as ranks:
         "equal": ranks.equal([np.ones(3)]),
         "unequal": ranks.equal([np.full(3, ranks.rank)]),
         "computes_at": os.getpriority(os.PRIO_PROCESS, threading.get_native_id()),
-        "threads_at": sorted({os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")}),
+        "threads_at": sorted({os.getpriority(os.PRIO_PROCESS, thread) for thread in _threads()}),
     }
 print("SAW " + json.dumps(seen))
