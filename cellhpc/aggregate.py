@@ -59,6 +59,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ from cellhpc.tally import UNKNOWN, ModelTally
 from cellhpc.tiles import Store
 
 SCHEMA = "cellhpc-scores/1"
+READERS = 2
+"""Threads that read files while others' contents are counted."""
 
 
 def aggregate(
@@ -162,11 +165,11 @@ def aggregate(
         of_folds[run.fold][run.model].append(run)
     models = {name: ModelTally(classes, how) for name in of_models}
     asked = _Asked()
-    with GrowingTables(results) as tables:
+    with GrowingTables(results) as tables, ThreadPoolExecutor(READERS) as threads:
         for fold in sorted(of_folds):
-            reader = FoldReader(folds.named(fold), classes, folds)
+            reader = FoldReader(folds.named(fold), classes, folds, threads)
             for name, own in of_folds[fold].items():
-                members = {run.seed: read for run in own if (read := reader.read(run, problems))}
+                members = reader.read(own, problems)
                 if members and not problems:
                     ladder, climbed = models[name].add(members)
                     tables.add(name, ladder, climbed)

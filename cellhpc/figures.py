@@ -295,7 +295,9 @@ def _draw_confusion(
     size = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     colours = np.where(np.eye(size, dtype=bool)[..., None], _RIGHT(shares), _WRONG(shares))
-    axes.imshow(colours, aspect="equal", interpolation="nearest")
+    edges = np.arange(size + 1) - 0.5
+    axes.pcolormesh(edges, edges, colours)
+    axes.set(aspect="equal", xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
     for row, column in zip(*np.nonzero(counts), strict=True):
         dark = shares[row, column] > 0.45
         axes.text(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ class _Keys:
 
 
 def _read(path: Path) -> pa.Table:
-    """Read a small table, at once: thousands of them are read one after the other."""
+    """Read a small table in this thread: thousands of them are read."""
     with pq.ParquetFile(pa.py_buffer(path.read_bytes())) as file:
         return file.read(use_threads=False)
 
@@ -251,30 +252,37 @@ class FoldReader:
         The fold.
     classes, folds
         What the runs were trained for.
+    threads
+        Read files, while the ones that are there are looked at.
     """
 
-    def __init__(self, fold: Fold, classes: Sequence[str], folds: Folds) -> None:
-        self.fold, self.classes, self.folds = fold, classes, folds
+    def __init__(self, fold: Fold, classes: Sequence[str], folds: Folds, threads: Executor) -> None:
+        self.fold, self.classes, self.folds, self._threads = fold, classes, folds, threads
         self._known: list[_Keys] = []
         self._columns = [PREFIX + name for name in classes]
 
-    def read(self, run: FinishedRun, problems: list[str]) -> Predicted | None:
-        """Read the predictions of a run.
+    def read(self, runs: Sequence[FinishedRun], problems: list[str]) -> dict[int, Predicted]:
+        """Read the predictions of runs.
 
         Parameters
         ----------
-        run
-            A run of this fold.
+        runs
+            Runs of this fold and of one model.
         problems
             Gets a line for each thing that is wrong.
 
         Returns
         -------
-        Predicted or None
-            None where something is wrong.
+        dict
+            For the seed of each run what it predicts; without those in which something is wrong.
         """
+        files = [self._threads.submit(_read, run.folder / PREDICTIONS) for run in runs]
+        found = {run.seed: self._predicted(run, file, problems) for run, file in zip(runs, files, strict=True)}
+        return {seed: predicted for seed, predicted in found.items() if predicted is not None}
+
+    def _predicted(self, run: FinishedRun, file: Future[pa.Table], problems: list[str]) -> Predicted | None:
         try:
-            table = _read(run.folder / PREDICTIONS)
+            table = file.result()
             found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
             wrong = list(problems_of_classes("predictions", found, self.classes))
             keys = None if wrong else self._keys_of(table)

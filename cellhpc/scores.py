@@ -5,15 +5,16 @@ All of it is of the tables that `cellhpc.levels` makes of predictions; what that
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from cellhpc.levels import (
@@ -74,7 +75,7 @@ def accuracy(correct: int, total: int) -> dict[str, Any]:
     correct, total = int(correct), int(total)
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"{correct} correct of {total} is no accuracy")
-    return {"correct": correct, "total": total, "accuracy": correct / total, "wilson95": list(_wilson(correct, total))}
+    return {"correct": correct, "total": total, "accuracy": correct / total, "wilson95": _wilson(correct, total)}
 
 
 def percent(share: float) -> str:
@@ -92,10 +93,12 @@ def counted(accuracy: Mapping[str, Any]) -> tuple[str, str, str]:
     )
 
 
-@lru_cache(maxsize=4096)
-def _wilson(correct: int, total: int) -> tuple[float, float]:
-    interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+def _wilson(correct: int, total: int) -> list[float]:
+    share, z = correct / total, NormalDist().inv_cdf(0.975)
+    middle, weight = share + z**2 / (2 * total), 1 + z**2 / total
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low = (middle - half) / weight if correct else 0.0
+    return [low, (middle + half) / weight if correct < total else 1.0]
 
 
 @lru_cache(maxsize=8)

@@ -97,7 +97,7 @@ class Tally:
 
 
 class ModelTally:
-    """One model, whose folds come one by one.
+    """One model, whose folds come one by one; its tables and what is known of it are asked when all have come.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ class ModelTally:
         averaged = average_tables(tables)
         return Ladder(averaged.drop(columns=columns), self.classes), check_probabilities(averaged)
 
-    @property
+    @cached_property
     def compounds(self) -> pd.DataFrame | None:
         """Table of the compounds of all folds; None where a fold has no such level."""
         if "compound" not in self._whole.levels():
@@ -168,12 +168,12 @@ class ModelTally:
         table = called_table(self._kept["compound"], self.classes)
         return _scorable(in_order(table, "compound").reset_index(drop=True))
 
-    @property
+    @cached_property
     def asked(self) -> pd.DataFrame:
         """Table of the treatments of all folds, those of unknown labels too."""
         return in_order(called_table(self._kept["treatment"], self.classes), "treatment").reset_index(drop=True)
 
-    @property
+    @cached_property
     def treatments(self) -> pd.DataFrame:
         """Table of the treatments of all folds that are scored."""
         return _scorable(self.asked)
