@@ -202,8 +202,15 @@ def _own_side_px(network: Network, store: Store) -> int:
     raise UsageError(f"{store.folder} holds tiles of {listing(sizes)} pixels. Choose one with --tile-px.")
 
 
-def start_tensorflow() -> None:
+def start_tensorflow(threads: int | None = None, place: int | None = None) -> None:
     """Make TensorFlow quiet and deterministic in this process, before its first use.
+
+    Parameters
+    ----------
+    threads
+        How many compute; by default one for each core.
+    place
+        Number of this process on its host: of several GPUs it takes its own. By default, it may use all.
 
     Raises
     ------
@@ -211,11 +218,20 @@ def start_tensorflow() -> None:
         It is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         import tensorflow as tf
     except ImportError:
         raise UserError(NO_TENSORFLOW) from None
-    for device in tf.config.list_physical_devices("GPU"):
+    if threads is not None:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    devices = tf.config.list_physical_devices("GPU")
+    if devices and place is not None:
+        devices = [devices[place % len(devices)]]  # Slurm may show a task its own GPU only, or all of the node's
+        tf.config.set_visible_devices(devices, "GPU")
+    for device in devices:
         tf.config.experimental.set_memory_growth(device, True)
     tf.config.experimental.enable_op_determinism()
 

@@ -182,7 +182,7 @@ class Trainer:
                 clear_optimizer(self.optimizer)
             self._train_epoch(run, training, steps, at, keeper, watch)
             began = time.perf_counter()
-            self._agree(run, at.epoch)
+            self._agree(at.epoch)
             at.seconds += time.perf_counter() - began
             began = time.perf_counter()
             predictions = self.predictor.predict(held_out)
@@ -305,7 +305,7 @@ class Trainer:
             f"{float(self.optimizer.learning_rate):g}. Lower train.learning_rate, in a new study.folder."
         )
 
-    def _agree(self, run: Run, epoch: int) -> None:
+    def _agree(self, epoch: int) -> None:
         """Average the moving statistics over the ranks, then see that all ranks have the same weights."""
         if self.ranks.size == 1:
             return

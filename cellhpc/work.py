@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 
 from cellhpc.attempts import ABOUT, FAILED, finished
+from cellhpc.backbone import start_tensorflow
 from cellhpc.convert.running import ConversionStopped
 from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
@@ -34,7 +35,6 @@ from cellhpc.folds import Folds, check_folds, read_folds
 from cellhpc.hosts import RANK, NotMet
 from cellhpc.ledger import Taken, provenance, read_json, write_json
 from cellhpc.memory import allowed
-from cellhpc.networks import NO_TENSORFLOW
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
 from cellhpc.ranks import RankLost, Ranks, joined
 from cellhpc.search import Trainers, train_chosen
@@ -182,7 +182,7 @@ def _aggregate(study: StudyFolder, submission: Submission, task: Task, attempt: 
 
 def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
     """Train the runs of a task, one after the other; returns the names of those that failed."""
-    _prepare_tensorflow(task.threads)
+    start_tensorflow(task.threads, int(os.environ.get("SLURM_LOCALID", os.environ.get(RANK, "0"))))
     job = study.read_job()
     watch.checkpoint_seconds = job.sweep.checkpoint_minutes * 60
     watch.keep_weights = job.sweep.keep_weights
@@ -309,23 +309,6 @@ def _slurm_job() -> str | None:
     """Slurm's name of this job or element, as `12_3`."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
-
-
-def _prepare_tensorflow(threads: int) -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    try:
-        import tensorflow as tf
-    except ImportError:
-        raise UserError(NO_TENSORFLOW) from None
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    if devices := tf.config.list_physical_devices("GPU"):
-        # Slurm may show a task its own GPU only, or all that the job has on the node.
-        mine = devices[int(os.environ.get("SLURM_LOCALID", os.environ[RANK])) % len(devices)]
-        tf.config.set_visible_devices(mine, "GPU")
-        tf.config.experimental.set_memory_growth(mine, True)
-    tf.config.experimental.enable_op_determinism()
 
 
 STAGES: dict[str, Callable[[StudyFolder, Submission, Task, Path, Watch], list[str]]] = {
