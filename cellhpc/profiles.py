@@ -10,6 +10,9 @@ Two methods, neither of them tuned:
 
 Each leaves out the compound (of neighbours: NSC, not the same compound), or the compound and all of its batch (NSCB).
 With the batch out, a label may be left in no other compound, or alone: such treatments are counted as not scorable.
+
+Where there are features of controls, both are also told of features that are whitened on these (`cellhpc.whitening`).
+Controls have no label and are no treatments: they take no part themselves, and nothing of what is left out is seen.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ METHODS = {"logistic_regression": "logistic regression", "nearest_neighbour": "n
 LEVELS = ("treatment", "field")
 
 
-def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> dict[str, Any]:
+def baseline(
+    tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean", whitened: np.ndarray | None = None
+) -> dict[str, Any]:
     """Score features of tiles on compounds, and on compounds and batches, that are left out.
 
     Parameters
@@ -44,6 +49,8 @@ def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> 
         Their features, (n, d).
     profile
         How wells make the profile of a treatment, for neighbours.
+    whitened
+        The same features whitened on controls, as `Features.read_whitened` gives them, if these are to be scored too.
 
     Returns
     -------
@@ -51,6 +58,7 @@ def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> 
         For each of `METHODS` and `LEFT_OUT` the levels `treatment` (and `field`, where tiles are called) as
         `scores.score` gives them, and the number of treatments that are `not_scorable`; None where nothing is scorable.
         Besides, `classes`, the number of `treatments`, and `baselines`: what is reached without looking at a picture.
+        If it was asked for, `whitened`: again for each of `METHODS` and `LEFT_OUT`.
 
     Raises
     ------
@@ -64,8 +72,18 @@ def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> 
             "A baseline needs two labels, and one with two compounds: the others are what is learnt from.",
             [f"{label}: {count} compound(s)" for label, count in compounds.items()],
         )
+    found, wells = _scored(tiles, values, profile)
+    found = {"classes": classes, "treatments": tiles["treatment"].nunique(), **found}
+    if whitened is not None:
+        found["whitened"], _ = _scored(tiles, whitened, profile)
+    return {**found, "baselines": baselines(wells, classes)}
+
+
+def _scored(tiles: pd.DataFrame, values: np.ndarray, profile: How) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Score features by each method, with each left out; besides, the wells with their compound left out."""
     treatments = tiles["treatment"].nunique()
     found: dict[str, Any] = {method: {} for method in METHODS}
+    wells = pd.DataFrame()
     for left_out in LEFT_OUT:
         predicted = predict(tiles, values, left_out)
         calls = neighbours(tiles, values, left_out, profile)
@@ -77,8 +95,8 @@ def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> 
             scored = len(mine["treatment"])
             found[method][left_out] = {**score(mine), "not_scorable": treatments - scored} if scored else None
         if left_out == "compound":
-            found["baselines"] = baselines(tables["well"], classes)
-    return {"classes": classes, "treatments": treatments, **found}
+            wells = tables["well"]
+    return found, wells
 
 
 def folds(tiles: pd.DataFrame, left_out: LeftOut) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -213,9 +231,12 @@ def render_baseline(found: Mapping[str, Any], title: str) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("Right", "%", "95 % interval", "Not scorable"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for method, method_words in METHODS.items():
+    rows = [(found, method, words) for method, words in METHODS.items()]
+    if "whitened" in found:
+        rows += [(found["whitened"], method, f"{words}, whitened") for method, words in METHODS.items()]
+    for told, method, method_words in rows:
         for left_out, words in LEFT_OUT.items():
-            levels = found[method][left_out]
+            levels = told[method][left_out]
             if levels is None:
                 table.add_row(method_words, words, "treatment", "none", "", "", f"{found['treatments']}")
                 continue
