@@ -488,8 +488,8 @@ def _what_was_done(plan: StudyPlan, stages: tuple[str, ...]) -> str:
         controls = f" and {counts['kept_control_tiles']:,} of controls" if "kept_control_tiles" in counts else ""
         lines.append(
             f"{'Converted before' if plan.converted else 'Converted'}: {counts['fields']:,} fields, "
-            f"{counts['kept_tiles']:,} tiles{controls}; set aside: {counts['bad_fields']:,} fields that could not be read, "
-            f"{counts['near_empty_tiles']:,} near-empty tiles."
+            f"{counts['kept_tiles']:,} tiles{controls}; set aside: {counts['bad_fields']:,} fields that could not be "
+            f"read, {counts['near_empty_tiles']:,} near-empty tiles."
         )
     if "train" in stages:
         lines.append(f"Trained: {len(plan.missing):,} runs; {len(plan.runs) - len(plan.missing):,} were done before.")

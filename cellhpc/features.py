@@ -12,9 +12,9 @@ A folder of features::
 The unit of work is a plate. What was killed goes on with the next one, and ends with the same bytes: a plate is divided
 into the same steps always.
 
-Where the store was made with `convert.controls`, tiles of controls are among the rows, behind the others of their plate,
-and ``tiles.parquet`` has a column more: `role`, which is "treatment" or "dmso". `Features` keeps them apart: controls
-are there to whiten the others on them (`cellhpc.whitening`), and for nothing else.
+Where the store was made with `convert.controls`, tiles of controls are among the rows, behind the others of their
+plate, and ``tiles.parquet`` has a column more: `role`, which is "treatment" or "dmso". `Features` keeps them apart:
+controls are there to whiten the others on them (`cellhpc.whitening`), and for nothing else.
 """
 
 from __future__ import annotations
