@@ -7,12 +7,11 @@ Two methods, neither of them tuned:
   The probabilities of tiles are combined as those of runs are (`cellhpc.scores`, by the mean).
 - The nearest neighbour of a treatment's profile, by the cosine distance (Ljosa et al. 2013, J Biomol Screen 18(10)
   1321-1329). The profile of a well is the mean of its tiles, that of a treatment the mean or median of its wells.
+  Where there are features of controls, the same of tiles that are whitened on these (`cellhpc.whitening`). Controls
+  are no treatments: nothing is learnt from them, nothing is asked about them, and nothing of what is left out is seen.
 
 Each leaves out the compound (of neighbours: NSC, not the same compound), or the compound and all of its batch (NSCB).
 With the batch out, a label may be left in no other compound, or alone: such treatments are counted as not scorable.
-
-Where there are features of controls, both are also told of features that are whitened on these (`cellhpc.whitening`).
-Controls have no label and are no treatments: they take no part themselves, and nothing of what is left out is seen.
 """
 
 from __future__ import annotations
@@ -32,7 +31,11 @@ LeftOut: TypeAlias = Literal["compound", "compound_and_batch"]
 How: TypeAlias = Literal["mean", "median"]
 
 LEFT_OUT: dict[LeftOut, str] = {"compound": "compound", "compound_and_batch": "compound and batch"}
-METHODS = {"logistic_regression": "logistic regression", "nearest_neighbour": "nearest neighbour"}
+METHODS = {
+    "logistic_regression": "logistic regression",
+    "nearest_neighbour": "nearest neighbour",
+    "nearest_neighbour_whitened": "nearest neighbour, whitened",
+}
 LEVELS = ("treatment", "field")
 
 
@@ -50,7 +53,8 @@ def baseline(
     profile
         How wells make the profile of a treatment, for neighbours.
     whitened
-        The same features whitened on controls, as `Features.read_whitened` gives them, if these are to be scored too.
+        The same features whitened on controls, as `Features.read_whitened` gives them; without, that method is left
+        out.
 
     Returns
     -------
@@ -58,7 +62,6 @@ def baseline(
         For each of `METHODS` and `LEFT_OUT` the levels `treatment` (and `field`, where tiles are called) as
         `scores.score` gives them, and the number of treatments that are `not_scorable`; None where nothing is scorable.
         Besides, `classes`, the number of `treatments`, and `baselines`: what is reached without looking at a picture.
-        If it was asked for, `whitened`: again for each of `METHODS` and `LEFT_OUT`.
 
     Raises
     ------
@@ -72,31 +75,22 @@ def baseline(
             "A baseline needs two labels, and one with two compounds: the others are what is learnt from.",
             [f"{label}: {count} compound(s)" for label, count in compounds.items()],
         )
-    found, wells = _scored(tiles, values, profile)
-    found = {"classes": classes, "treatments": tiles["treatment"].nunique(), **found}
-    if whitened is not None:
-        found["whitened"], _ = _scored(tiles, whitened, profile)
-    return {**found, "baselines": baselines(wells, classes)}
-
-
-def _scored(tiles: pd.DataFrame, values: np.ndarray, profile: How) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score features by each method, with each left out; besides, the wells with their compound left out."""
     treatments = tiles["treatment"].nunique()
-    found: dict[str, Any] = {method: {} for method in METHODS}
-    wells = pd.DataFrame()
+    near = {"nearest_neighbour": values} | ({} if whitened is None else {"nearest_neighbour_whitened": whitened})
+    found: dict[str, Any] = {method: {} for method in ("logistic_regression", *near)}
     for left_out in LEFT_OUT:
         predicted = predict(tiles, values, left_out)
-        calls = neighbours(tiles, values, left_out, profile)
         tables = combine(predicted, "mean") if len(predicted) else {"treatment": predicted}
-        for method, mine in (
-            ("logistic_regression", {level: tables[level] for level in LEVELS if level in tables}),
-            ("nearest_neighbour", {"treatment": calls[calls["call"] != ""]}),
-        ):
+        called = {"logistic_regression": {level: tables[level] for level in LEVELS if level in tables}}
+        for method, given in near.items():
+            calls = neighbours(tiles, given, left_out, profile)
+            called[method] = {"treatment": calls[calls["call"] != ""]}
+        for method, mine in called.items():
             scored = len(mine["treatment"])
             found[method][left_out] = {**score(mine), "not_scorable": treatments - scored} if scored else None
         if left_out == "compound":
-            wells = tables["well"]
-    return found, wells
+            found["baselines"] = baselines(tables["well"], classes)
+    return {"classes": classes, "treatments": treatments, **found}
 
 
 def folds(tiles: pd.DataFrame, left_out: LeftOut) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -231,12 +225,9 @@ def render_baseline(found: Mapping[str, Any], title: str) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("Right", "%", "95 % interval", "Not scorable"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = [(found, method, words) for method, words in METHODS.items()]
-    if "whitened" in found:
-        rows += [(found["whitened"], method, f"{words}, whitened") for method, words in METHODS.items()]
-    for told, method, method_words in rows:
+    for method, method_words in ((method, words) for method, words in METHODS.items() if method in found):
         for left_out, words in LEFT_OUT.items():
-            levels = told[method][left_out]
+            levels = found[method][left_out]
             if levels is None:
                 table.add_row(method_words, words, "treatment", "none", "", "", f"{found['treatments']}")
                 continue

@@ -22,6 +22,7 @@ from cellhpc.features import Features, write_features
 from cellhpc.folds import plan_folds
 from cellhpc.ledger import read_json
 from cellhpc.overview import plate_overview, well_box
+from cellhpc.profiles import LEFT_OUT, neighbours
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings, FoldsSettings
 from cellhpc.tiles import Store
@@ -291,8 +292,10 @@ def test_the_command_tells_of_both(made: Path, tmp_path: Path, cellhpc: Cellhpc)
     said = cellhpc("features", made / "with", *words, "--out", tmp_path / "with")
     assert said.returncode == 0, said.stderr
     assert "256 features of 240 tiles (48 of controls), made in" in said.stdout
-    assert said.stdout.count("logistic regression, whitened") == 4
-    assert said.stdout.count("nearest neighbour, whitened") == 2
-    document = read_json(tmp_path / "with/baseline.json")
-    assert document["whitened"]["nearest_neighbour"]["compound"]["treatment"]["total"] == 4
+    assert (said.stdout.count("nearest neighbour "), said.stdout.count("nearest neighbour, whitened ")) == (2, 2)
+    features, document = Features.open(tmp_path / "with"), read_json(tmp_path / "with/baseline.json")
     assert (document["classes"], document["treatments"]) == (["a", "b"], 4)
+    for left_out in LEFT_OUT:
+        calls = neighbours(features.tiles, features.read_whitened(), left_out)
+        told = document["nearest_neighbour_whitened"][left_out]["treatment"]
+        assert (told["correct"], told["total"]) == (calls["correct"].sum(), (calls["call"] != "").sum())
