@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,10 +92,12 @@ def plate_overview(store: Store, plate: str) -> Sheet:
         spots = _divide(box, len(here))
         control = (here["role"] == "dmso").all()
         mine = tiles[tiles["well"] == well].sort_values(["field", "tile"])
-        if control:
-            _draw_control(sheet, box, here["compound"].iloc[0] if mine.empty else "")
-        if not (control and mine.empty):
+        if control and mine.empty:
+            _draw_control(sheet, box, here["compound"].iloc[0])
+        else:
             pictures |= zip(spots, _read_fields(store, mine, spots[0][2]), strict=True)
+            if control:
+                _frame(sheet, box, lw=1.8, ec="white")
         for spot, field, bad in zip(spots, here["field"], here["bad"], strict=True):
             if bad:
                 pictures.pop(spot, None)
@@ -187,11 +190,17 @@ def _draw_control(sheet: Sheet, box: Box, name: str) -> None:
     """Draw a dashed frame with the control's name, or its first letter where the name is too long."""
     x, y, side = box
     sheet.paste(1.0, *box)
-    sheet.axes.add_patch(Rectangle((x + 1, y + 1), side - 2, side - 2, fill=False, ls="--", lw=0.8, ec=GREY))
+    _frame(sheet, box, lw=0.8, ec=GREY)
     points = 8.5 if side > 100 else 6.5
     fits = len(name) * points * LETTER_PX < side
     words = name if fits else name[0]
     sheet.write(x + side / 2, y + side / 2, words, points, ha="center", va="center_baseline", color=GREY)
+
+
+def _frame(sheet: Sheet, box: Box, **how: Any) -> None:
+    """Draw the dashed frame of a control."""
+    x, y, side = box
+    sheet.axes.add_patch(Rectangle((x + 1, y + 1), side - 2, side - 2, fill=False, ls="--", **how))
 
 
 def _cross_out(sheet: Sheet, box: Box) -> None:

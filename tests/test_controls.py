@@ -22,7 +22,7 @@ from cellhpc.features import Features, write_features
 from cellhpc.folds import plan_folds
 from cellhpc.ledger import read_json
 from cellhpc.overview import plate_overview, well_box
-from cellhpc.profiles import LEFT_OUT, neighbours
+from cellhpc.profiles import neighbours
 from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings, FoldsSettings
 from cellhpc.tiles import Store
@@ -195,9 +195,11 @@ def test_a_plate_shows_the_pictures_of_its_controls(tmp_path: Path) -> None:
         path = tmp_path / f"{controls}.png"
         plate_overview(Store.open(made.store), "P0").save(path)
         x, y, side = well_box(1, 2, 12)  # B03, whose fields are controls
-        pictures.append(np.asarray(Image.open(path))[y + 4 : y + side // 2 - 4, x + 4 : x + side - 4])
-    assert (pictures[0] > 250).mean() > 0.8  # an empty frame
-    assert (pictures[1] > 250).mean() < 0.2
+        pictures.append(np.asarray(Image.open(path))[y : y + side, x : x + side])
+    rim, inner = (np.s_[1:3], np.s_[8 : side // 3, 8 : side - 8])
+    assert (pictures[0][inner] == 255).all()  # an empty frame
+    assert (pictures[1][inner] == 255).mean() < 0.2
+    assert 0.3 < (pictures[1][rim] > 200).all(axis=-1).mean() < 0.9  # dashes
 
 
 # Beside a study
@@ -295,7 +297,7 @@ def test_the_command_tells_of_both(made: Path, tmp_path: Path, cellhpc: Cellhpc)
     assert (said.stdout.count("nearest neighbour "), said.stdout.count("nearest neighbour, whitened ")) == (2, 2)
     features, document = Features.open(tmp_path / "with"), read_json(tmp_path / "with/baseline.json")
     assert (document["classes"], document["treatments"]) == (["a", "b"], 4)
-    for left_out in LEFT_OUT:
-        calls = neighbours(features.tiles, features.read_whitened(), left_out)
-        told = document["nearest_neighbour_whitened"][left_out]["treatment"]
-        assert (told["correct"], told["total"]) == (calls["correct"].sum(), (calls["call"] != "").sum())
+    told = document["nearest_neighbour_whitened"]
+    calls = neighbours(features.tiles, features.read_whitened(), "compound")
+    assert told["compound"]["treatment"]["correct"] == calls["correct"].sum()
+    assert (told["compound"]["treatment"]["total"], told["compound_and_batch"]) == (4, None)  # all are in both weeks
