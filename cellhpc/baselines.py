@@ -3,12 +3,13 @@
 - Intensity statistics: of each field and channel the logarithms of mean, highest and lowest grey level and of focus,
   and the saturated share, all of raw pixels (`cellhpc.quality`); logistic regression (scikit-learn's, C = 1, labels
   weigh the same) on the study's own folds, each figure scaled by the training fields; fields are combined by the mean.
-- The same statistics whitened on controls (typical variation normalisation: Ando, McLean & Berndl 2017, bioRxiv
-  161422): from each field its plate's mean DMSO field is subtracted; then axes are turned and scaled until all DMSO
-  fields together vary by one along each. The nearest neighbour of another compound (`cellhpc.profiles`) gives the
-  call. Controls are no treatments, so nothing of what is held out is seen.
+- The same statistics whitened on controls (`cellhpc.whitening`): from each field its plate's mean DMSO field is
+  subtracted; then axes are turned and scaled until all DMSO fields together vary by one along each. The nearest
+  neighbour of another compound (`cellhpc.profiles`) gives the call. Controls are no treatments, so nothing of what is
+  held out is seen.
 - Features of a network that was not trained (`cellhpc features STUDY --network NAME`): the nearest neighbour of another
-  compound (NSC), and of another compound and batch (NSCB). Stores hold no tiles of controls, so these are not whitened.
+  compound (NSC), and of another compound and batch (NSCB). Where the store has tiles of controls (`convert.controls`),
+  the same of features that are whitened on these.
 
 None of them is tuned.
 """
@@ -31,11 +32,10 @@ from cellhpc.levels import PREFIX, combine
 from cellhpc.profiles import LEFT_OUT, LeftOut, neighbours
 from cellhpc.scores import score
 from cellhpc.tiles import Store
+from cellhpc.whitening import bare_plates, whiten
 
 FIGURES = ("mean", "high", "low", "focus", "saturated")
 """Columns of the fields table, each with a channel's name behind."""
-RIDGE = 1e-3
-"""Share of the mean variance of controls that is added along each axis before it is scaled to one."""
 
 
 def statistics(fields: pd.DataFrame, channels: Sequence[str]) -> NDArray:
@@ -44,32 +44,6 @@ def statistics(fields: pd.DataFrame, channels: Sequence[str]) -> NDArray:
     values = fields[names].to_numpy(dtype=np.float64)
     linear = np.array([name.startswith("saturated") for name in names])
     return np.where(linear, values, np.log(np.maximum(values, 0) + 1e-3))
-
-
-def whiten(values: NDArray, controls: NDArray, plates: NDArray) -> NDArray:
-    """Normalise the typical variation: afterwards controls lie around zero on each plate, and vary by one in all.
-
-    Parameters
-    ----------
-    values
-        float64 (fields, figures).
-    controls
-        Which of them are of controls, bool (fields,); each plate has some.
-    plates
-        The plate of each, (fields,).
-
-    Returns
-    -------
-    ndarray
-        float64 (fields, figures).
-    """
-    centred = np.empty_like(values)
-    for plate in np.unique(plates):
-        mine = plates == plate
-        centred[mine] = values[mine] - values[mine & controls].mean(axis=0)
-    variances, axes = np.linalg.eigh(np.cov(centred[controls], rowvar=False, ddof=0))
-    scales = np.sqrt(np.maximum(variances, 0) + RIDGE * max(float(variances.mean()), 1e-12))
-    return centred @ axes / scales
 
 
 def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:
@@ -89,7 +63,7 @@ def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:
     )
     controls = (fields["role"] == "dmso").to_numpy()
     plates = fields["plate"].to_numpy(dtype=str)
-    if folds.by == "compound" and set(plates[controls]) == set(plates):
+    if folds.by == "compound" and not bare_plates(controls, plates):
         used = folds.used(fields)
         own = fields[used].reset_index(drop=True)
         left_out: LeftOut = "compound_and_batch" if folds.also == "batch" else "compound"
@@ -128,18 +102,24 @@ def feature_baselines(study: Path, store: Store, folds: Folds) -> list[dict[str,
     Returns
     -------
     list
-        Rows as `scores.baselines` gives them in `table`, two for each network (NSC and NSCB).
+        Rows as `scores.baselines` gives them in `table`, two for each network (NSC and NSCB), and two more where they
+        can be whitened.
     """
     found = []
     for features in _features_of(study, store) if folds.by == "compound" else ():
+        name = features.folder.name
         tiles = features.tiles
         kept = tiles["label"].isin(folds.classes).to_numpy()
-        tiles, values = tiles[kept].reset_index(drop=True), features.read()[kept]
-        for left_out, short in zip(LEFT_OUT, ("nsc", "nscb"), strict=True):
-            calls = neighbours(tiles, values, left_out)
-            words = f"features {features.folder.name}, nearest neighbour of another {LEFT_OUT[left_out]}"
-            aside = int((calls["call"] == "").sum())
-            found += _row(f"{short}_{features.folder.name}", words, calls[calls["call"] != ""], folds, aside)
+        tiles = tiles[kept].reset_index(drop=True)
+        read = {"": features.read} | ({} if features.not_whitened else {"whitened": features.read_whitened})
+        for how, values in ((how, given()[kept]) for how, given in read.items()):
+            for left_out, short in zip(LEFT_OUT, ("nsc", "nscb"), strict=True):
+                calls = neighbours(tiles, values, left_out)
+                what = f"features {name}" + (f" {how} on DMSO" if how else "")
+                words = f"{what}, nearest neighbour of another {LEFT_OUT[left_out]}"
+                aside = int((calls["call"] == "").sum())
+                key = "_".join(part for part in (short, how, name) if part)
+                found += _row(key, words, calls[calls["call"] != ""], folds, aside)
     return found
 
 

@@ -265,7 +265,12 @@ def pictures(store: Path, folder: Path, plates: tuple[str, ...]) -> None:
     type=click.Path(path_type=Path),
     help="Folder that they are written into, by default features/NAME: in the study's, or in the one you are in.",
 )
-@click.option("--baseline", "with_baseline", is_flag=True, help="Score them on compounds that are left out.")
+@click.option(
+    "--baseline",
+    "with_baseline",
+    is_flag=True,
+    help="Score them on compounds that are left out; whitened on controls too, if the store has tiles of these.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def features(
     place: Path, inputs: tuple[str, ...], folder: Path | None, with_baseline: bool, as_json: bool, **choice: Any
@@ -286,15 +291,18 @@ def features(
         start_tensorflow()
     written = write_features(source, folder)
     facts: dict[str, Any] = {"folder": str(folder), "digest": written.about["digest"], **written.facts}
+    controls = f" ({written.facts['controls']:,} of controls)" if "controls" in written.facts else ""
     lines = [
-        f"{written.facts['features']:,} features of {written.facts['tiles']:,} tiles, "
+        f"{written.facts['features']:,} features of {written.facts['tiles']:,} tiles{controls}, "
         f"made in {written.facts['seconds']:.1f} s ({written.facts['images_per_s']:,.0f} images/s): {folder}"
     ]
     if not with_baseline:
         _answer(facts, as_json, lambda: click.echo("\n".join(lines)))
         return
     began = time.perf_counter()
-    found = baseline(written.tiles, written.read())
+    lines += [f"Not whitened on controls: {written.not_whitened}."] if written.not_whitened else []
+    whitened = None if written.not_whitened else written.read_whitened()
+    found = baseline(written.tiles, written.read(), whitened=whitened)
     write_json(folder / "baseline.json", {"features": facts["digest"], **found})
     facts |= {"baseline": found, "baseline_seconds": time.perf_counter() - began}
 
@@ -477,10 +485,11 @@ def _what_was_done(plan: StudyPlan, stages: tuple[str, ...]) -> str:
     lines = []
     if "convert" in stages:
         counts = plan.conversion.counts()
+        controls = f" and {counts['kept_control_tiles']:,} of controls" if "kept_control_tiles" in counts else ""
         lines.append(
             f"{'Converted before' if plan.converted else 'Converted'}: {counts['fields']:,} fields, "
-            f"{counts['kept_tiles']:,} tiles; set aside: {counts['bad_fields']:,} fields that could not be read, "
-            f"{counts['near_empty_tiles']:,} near-empty tiles."
+            f"{counts['kept_tiles']:,} tiles{controls}; set aside: {counts['bad_fields']:,} fields that could not be "
+            f"read, {counts['near_empty_tiles']:,} near-empty tiles."
         )
     if "train" in stages:
         lines.append(f"Trained: {len(plan.missing):,} runs; {len(plan.runs) - len(plan.missing):,} were done before.")

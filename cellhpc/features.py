@@ -10,7 +10,11 @@ A folder of features::
     baseline.json      what `cellhpc.profiles` makes of them, if it was asked
 
 The unit of work is a plate. What was killed goes on with the next one, and ends with the same bytes: a plate is divided
-into the same steps always. A store holds tiles of treatments only, so there are no features of controls.
+into the same steps always.
+
+Where the store was made with `convert.controls`, tiles of controls are among the rows, behind the others of their
+plate, and ``tiles.parquet`` has a column more: `role`, which is "treatment" or "dmso". `Features` keeps them apart:
+controls are there to whiten the others on them (`cellhpc.whitening`), and for nothing else.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from cellhpc.codecs import CODECS
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.predictor import PREDICT_TILES
 from cellhpc.progress import progress
+from cellhpc.whitening import bare_plates, whiten
 
 ABOUT, ARRAY, TABLE, PLATES, PART = "features.json", "features.zarr", "tiles.parquet", "plates", "features.npy"
 READ_TILES = 16 * PREDICT_TILES
@@ -51,7 +56,8 @@ class Features:
     about
         The document of `features.json`.
     facts
-        That of `done.json`: `tiles`, `features` (of a tile), `seconds`, `images_per_s`.
+        That of `done.json`: `tiles` (all rows), `features` (of a tile), `seconds`, `images_per_s`; with controls also
+        `controls`, how many of the rows are theirs.
     """
 
     folder: Path
@@ -70,21 +76,57 @@ class Features:
 
     @cached_property
     def tiles(self) -> pd.DataFrame:
-        """Keys of the tiles (n rows)."""
-        return pd.read_parquet(self.folder / TABLE)
+        """Keys of the tiles of treatments (m rows)."""
+        return self._rows[~self._controls].drop(columns="role", errors="ignore").reset_index(drop=True)
 
     @property
     def values(self) -> zarr.Array:
-        """The features, float32 (n, d), as Zarr's array."""
+        """The features, float32 (n, d), as Zarr's array; where there are controls, theirs too."""
         return zarr.open_array(self.folder / ARRAY, mode="r")
 
+    @property
+    def not_whitened(self) -> str:
+        """Why the features can't be whitened on controls; empty if they can."""
+        if not self._controls.any():
+            return "there are no tiles of controls: these come with convert.controls = true, into a new convert.store"
+        bare = bare_plates(self._controls, self._plates)
+        return f"{listing(bare)}: no tile of a control was kept" if bare else ""
+
     def read(self) -> np.ndarray:
-        """Read all features, float32 (n, d)."""
-        return np.asarray(self.values[:])
+        """Read the features of treatments, float32 (m, d)."""
+        return self._of_treatments(np.asarray(self.values[:]))
+
+    def read_whitened(self) -> np.ndarray:
+        """Read the features of treatments, whitened on those of controls, float64 (m, d).
+
+        Raises
+        ------
+        DataError
+            They can't be: `not_whitened` says why.
+        """
+        return self._of_treatments(whiten(np.asarray(self.values[:]), self._controls, self._plates))
+
+    @cached_property
+    def _rows(self) -> pd.DataFrame:
+        """Keys of all rows."""
+        return pd.read_parquet(self.folder / TABLE)
+
+    @cached_property
+    def _controls(self) -> np.ndarray:
+        """Which rows are of controls, bool (n,)."""
+        rows = self._rows
+        return (rows["role"] == "dmso").to_numpy() if "role" in rows else np.zeros(len(rows), bool)
+
+    @property
+    def _plates(self) -> np.ndarray:
+        return self._rows["plate"].to_numpy(dtype=str)
+
+    def _of_treatments(self, values: np.ndarray) -> np.ndarray:
+        return values[~self._controls] if self._controls.any() else values
 
 
 def write_features(source: Source, folder: Path) -> Features:
-    """Write the features of all kept tiles of a store; what is there already is not made again.
+    """Write the features of all kept tiles of a store, and of its controls; what is there is not made again.
 
     Parameters
     ----------
@@ -104,15 +146,18 @@ def write_features(source: Source, folder: Path) -> Features:
         _claim(source, folder)
         digest = source.about["digest"]
         if not ledger.is_done(folder, digest):
-            tiles = source.store.tiles
+            tiles, controls = source.store.tiles, source.store.controls
             if tiles.empty:
                 raise DataError(f"{source.store.folder} holds no tile that was kept.")
+            if len(controls):
+                tiles = pd.concat([tiles, controls]).sort_values("plate", kind="stable", ignore_index=True)
             parts = _write_parts(source, tiles, folder / PLATES)
             width = _join(parts, folder)
-            ledger.write_table(folder / TABLE, tiles.drop(columns=["role", "kept"]))
+            ledger.write_table(folder / TABLE, tiles.drop(columns=["kept"] if len(controls) else ["role", "kept"]))
             seconds = sum(ledger.read_json(part / ledger.DONE)["seconds"] for part in parts)
-            speed = {"seconds": seconds, "images_per_s": len(tiles) / seconds}
-            ledger.mark_done(folder, digest, tiles=len(tiles), features=width, **speed)
+            facts = {"seconds": seconds, "images_per_s": len(tiles) / seconds}
+            facts |= {"controls": len(controls)} if len(controls) else {}
+            ledger.mark_done(folder, digest, tiles=len(tiles), features=width, **facts)
         shutil.rmtree(folder / PLATES, ignore_errors=True)
     return Features.open(folder)
 

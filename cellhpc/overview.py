@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,8 @@ def plate_overview(store: Store, plate: str) -> Sheet:
     """Draw a plate.
 
     Fields that were set aside are crossed out, those that stand out (see `cellhpc.outliers`) have a marked corner, and
-    near-empty tiles are grey. Controls have no tiles: they are frames with their name.
+    near-empty tiles are grey. Controls are dashed frames: around their pictures, if the store has tiles of them
+    (`convert.controls`), else around their name.
 
     Raises
     ------
@@ -88,10 +90,14 @@ def plate_overview(store: Store, plate: str) -> Sheet:
     for well, here in fields.groupby("well"):
         box = well_box(*(place(str(well)) or (0, 0)), columns)
         spots = _divide(box, len(here))
-        if (here["role"] == "dmso").all():
+        control = (here["role"] == "dmso").all()
+        mine = tiles[tiles["well"] == well].sort_values(["field", "tile"])
+        if control and mine.empty:
             _draw_control(sheet, box, here["compound"].iloc[0])
         else:
-            pictures |= zip(spots, _read_fields(store, tiles[tiles["well"] == well], spots[0][2]), strict=True)
+            pictures |= zip(spots, _read_fields(store, mine, spots[0][2]), strict=True)
+            if control:
+                _frame(sheet, box, lw=1.8, ec="white")
         for spot, field, bad in zip(spots, here["field"], here["bad"], strict=True):
             if bad:
                 pictures.pop(spot, None)
@@ -100,7 +106,7 @@ def plate_overview(store: Store, plate: str) -> Sheet:
                 _mark_corner(sheet, spot)
     for spot, colours in zip(pictures, in_colour([*pictures.values()], store.channels), strict=True):
         sheet.paste(np.where(np.isnan(colours), _NEAR_EMPTY, colours), *spot)
-    _tell(sheet, fields, len(tiles), len(named), store.channels)
+    _tell(sheet, fields, tiles, len(named), store.channels)
     return sheet
 
 
@@ -184,11 +190,17 @@ def _draw_control(sheet: Sheet, box: Box, name: str) -> None:
     """Draw a dashed frame with the control's name, or its first letter where the name is too long."""
     x, y, side = box
     sheet.paste(1.0, *box)
-    sheet.axes.add_patch(Rectangle((x + 1, y + 1), side - 2, side - 2, fill=False, ls="--", lw=0.8, ec=GREY))
+    _frame(sheet, box, lw=0.8, ec=GREY)
     points = 8.5 if side > 100 else 6.5
     fits = len(name) * points * LETTER_PX < side
     words = name if fits else name[0]
     sheet.write(x + side / 2, y + side / 2, words, points, ha="center", va="center_baseline", color=GREY)
+
+
+def _frame(sheet: Sheet, box: Box, **how: Any) -> None:
+    """Draw the dashed frame of a control."""
+    x, y, side = box
+    sheet.axes.add_patch(Rectangle((x + 1, y + 1), side - 2, side - 2, fill=False, ls="--", **how))
 
 
 def _cross_out(sheet: Sheet, box: Box) -> None:
@@ -205,21 +217,22 @@ def _mark_corner(sheet: Sheet, box: Box) -> None:
     sheet.axes.add_patch(Polygon([(x, y), (x + leg, y), (x, y + leg)], fc=_STANDS_OUT, ec=INK, lw=0.6))
 
 
-def _tell(sheet: Sheet, fields: pd.DataFrame, tiles: int, stand_out: int, channels: Sequence[str]) -> None:
+def _tell(sheet: Sheet, fields: pd.DataFrame, tiles: pd.DataFrame, stand_out: int, channels: Sequence[str]) -> None:
     """Write the counts below the title, and explain colours and those marks that occur."""
     controls = fields[fields["role"] == "dmso"]
     pictured = fields[fields["role"] != "dmso"]
     aside, near_empty = int((fields["bad"] != "").sum()), int(fields["near_empty"].sum())
+    tiled = tiles["role"] == "dmso"
     counts = {
-        "wells": pictured["well"].nunique(), "fields": len(pictured), "tiles": tiles,
-        "control wells": controls["well"].nunique(), "fields set aside": aside, "fields that stand out": stand_out,
-        "near-empty tiles": near_empty,
+        "wells": pictured["well"].nunique(), "fields": len(pictured), "tiles": int((~tiled).sum()),
+        "control wells": controls["well"].nunique(), "tiles of controls": int(tiled.sum()),
+        "fields set aside": aside, "fields that stand out": stand_out, "near-empty tiles": near_empty,
     }  # fmt: skip
     words = "   ".join(f"{what}: {count:,}" for what, count in counts.items() if count)
     sheet.write(LEFT_PX, 68, words, color=GREY)
-    names = listing(controls["compound"].unique(), 3)
+    control = f"{listing(controls['compound'].unique(), 3)}: control{'' if tiled.any() else ', without tiles'}"
     marks: list[tuple[int, Artist]] = [
-        (len(controls), Patch(fill=False, ls="--", ec=GREY, label=f"{names}: control, without tiles")),
+        (len(controls), Patch(fill=False, ls="--", ec=GREY, label=control)),
         (aside, Line2D([], [], ls="", marker="x", ms=7, mew=2, c=_ASIDE, label="set aside: can't be read")),
         (stand_out, Line2D([], [], ls="", marker=_CORNER, ms=7, mec=INK, c=_STANDS_OUT, label="stands out")),
         (near_empty, Patch(fc=str(_NEAR_EMPTY), label="near-empty tile")),

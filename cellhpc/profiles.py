@@ -7,6 +7,8 @@ Two methods, neither of them tuned:
   The probabilities of tiles are combined as those of runs are (`cellhpc.scores`, by the mean).
 - The nearest neighbour of a treatment's profile, by the cosine distance (Ljosa et al. 2013, J Biomol Screen 18(10)
   1321-1329). The profile of a well is the mean of its tiles, that of a treatment the mean or median of its wells.
+  Where there are features of controls, the same of tiles that are whitened on these (`cellhpc.whitening`). Controls
+  are no treatments: nothing is learnt from them, nothing is asked about them, and nothing of what is left out is seen.
 
 Each leaves out the compound (of neighbours: NSC, not the same compound), or the compound and all of its batch (NSCB).
 With the batch out, a label may be left in no other compound, or alone: such treatments are counted as not scorable.
@@ -29,11 +31,17 @@ LeftOut: TypeAlias = Literal["compound", "compound_and_batch"]
 How: TypeAlias = Literal["mean", "median"]
 
 LEFT_OUT: dict[LeftOut, str] = {"compound": "compound", "compound_and_batch": "compound and batch"}
-METHODS = {"logistic_regression": "logistic regression", "nearest_neighbour": "nearest neighbour"}
+METHODS = {
+    "logistic_regression": "logistic regression",
+    "nearest_neighbour": "nearest neighbour",
+    "nearest_neighbour_whitened": "nearest neighbour, whitened",
+}
 LEVELS = ("treatment", "field")
 
 
-def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> dict[str, Any]:
+def baseline(
+    tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean", whitened: np.ndarray | None = None
+) -> dict[str, Any]:
     """Score features of tiles on compounds, and on compounds and batches, that are left out.
 
     Parameters
@@ -44,6 +52,9 @@ def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> 
         Their features, (n, d).
     profile
         How wells make the profile of a treatment, for neighbours.
+    whitened
+        The same features whitened on controls, as `Features.read_whitened` gives them; without, that method is left
+        out.
 
     Returns
     -------
@@ -65,15 +76,16 @@ def baseline(tiles: pd.DataFrame, values: np.ndarray, profile: How = "mean") -> 
             [f"{label}: {count} compound(s)" for label, count in compounds.items()],
         )
     treatments = tiles["treatment"].nunique()
-    found: dict[str, Any] = {method: {} for method in METHODS}
+    near = {"nearest_neighbour": values} | ({} if whitened is None else {"nearest_neighbour_whitened": whitened})
+    found: dict[str, Any] = {method: {} for method in ("logistic_regression", *near)}
     for left_out in LEFT_OUT:
         predicted = predict(tiles, values, left_out)
-        calls = neighbours(tiles, values, left_out, profile)
         tables = combine(predicted, "mean") if len(predicted) else {"treatment": predicted}
-        for method, mine in (
-            ("logistic_regression", {level: tables[level] for level in LEVELS if level in tables}),
-            ("nearest_neighbour", {"treatment": calls[calls["call"] != ""]}),
-        ):
+        called = {"logistic_regression": {level: tables[level] for level in LEVELS if level in tables}}
+        for method, given in near.items():
+            calls = neighbours(tiles, given, left_out, profile)
+            called[method] = {"treatment": calls[calls["call"] != ""]}
+        for method, mine in called.items():
             scored = len(mine["treatment"])
             found[method][left_out] = {**score(mine), "not_scorable": treatments - scored} if scored else None
         if left_out == "compound":
@@ -213,7 +225,7 @@ def render_baseline(found: Mapping[str, Any], title: str) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("Right", "%", "95 % interval", "Not scorable"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for method, method_words in METHODS.items():
+    for method, method_words in ((method, words) for method, words in METHODS.items() if method in found):
         for left_out, words in LEFT_OUT.items():
             levels = found[method][left_out]
             if levels is None:

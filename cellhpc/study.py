@@ -15,7 +15,7 @@ LOCK = ".lock"
 FIXED_SECTIONS = ("screen", "convert", "folds", "train", "search")
 """Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
 FREE_KEYS = {
-    *("screen.path", "screen.tables", "convert.store", "convert.on_bad_field"),
+    *("screen.path", "screen.tables", "convert.store", "convert.on_bad_field", "convert.controls"),
     *("convert.archive", "convert.archive_codec", "convert.archive_pixel_um", "train.preset"),
 }
 """Keys of these sections that may change: where things lie, what the digests of store and archive tell apart, and where

@@ -70,9 +70,20 @@ class Store:
 
     @cached_property
     def tiles(self) -> pd.DataFrame:
-        """The tiles that are kept, sorted by plate, well, field and tile; columns as in ``tiles.parquet``."""
+        """The tiles of treatments that are kept, by plate, well, field and tile; columns as in ``tiles.parquet``."""
+        return self._kept("treatment")
+
+    @cached_property
+    def controls(self) -> pd.DataFrame:
+        """The tiles of controls that are kept, in the same order, with the same columns and labelled nothing.
+
+        There are none unless the store was made with `convert.controls`.
+        """
+        return self._kept("dmso")
+
+    def _kept(self, role: str) -> pd.DataFrame:
         tiles = self._tables(TILES)
-        used = tiles[tiles["kept"] & (tiles["role"] == "treatment")]
+        used = tiles[tiles["kept"] & (tiles["role"] == role)]
         return used.sort_values(["plate", "well", "field", "tile"], ignore_index=True)
 
     def tiles_of(self, plate: str) -> pd.DataFrame:
@@ -94,7 +105,7 @@ class Store:
         Parameters
         ----------
         tiles
-            Rows of `tiles`, in any order; the columns plate and row are used.
+            Rows of `tiles` or `controls`, in any order; the columns plate and row are used.
         tile_px
             Side of the tiles, one of `tile_sizes_px`.
 

@@ -1,22 +1,21 @@
-"""Baselines against plain loops over the folds, and whitening against scikit-learn's."""
+"""Baselines against plain loops over the folds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import zarr
-from scipy.spatial.distance import pdist
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from cellhpc import baselines, ledger
 from cellhpc.folds import Folds, plan_folds
-from cellhpc.profiles import neighbours
+from cellhpc.profiles import LEFT_OUT, neighbours
 from cellhpc.settings import FoldsSettings
 from cellhpc.tiles import Store
+from cellhpc.whitening import whiten
 from tests.made_up import predictions
 
 CHANNELS = ("dna", "actin")
@@ -50,23 +49,6 @@ def test_statistics_are_logarithms_but_for_the_saturated_share(tmp_path: Path) -
     np.testing.assert_array_equal(values[:, -2:], fields[["saturated_dna", "saturated_actin"]])
 
 
-def test_whitening_is_scikit_learns_of_the_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axes may be turned: what counts, and is compared, is how far fields lie from each other."""
-    fields = make_store(tmp_path)[0].fields
-    values, controls = baselines.statistics(fields, CHANNELS), (fields["role"] == "dmso").to_numpy()
-    values = np.where(np.arange(10) >= 8, 1000 * values, values)
-    plates = fields["plate"].to_numpy()
-    monkeypatch.setattr(baselines, "RIDGE", 0.0)
-    found = baselines.whiten(values, controls, plates)
-    centred = values - pd.DataFrame(values[controls]).groupby(plates[controls]).mean().loc[plates].to_numpy()
-    expected = PCA(whiten=True).fit(centred[controls]).transform(centred)
-    ratio = pdist(found) / pdist(expected)
-    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)  # scikit-learn divides by n - 1
-    np.testing.assert_allclose(np.cov(found[controls], rowvar=False, ddof=0), np.eye(10), atol=1e-8)
-    for plate in set(plates):
-        np.testing.assert_allclose(found[controls & (plates == plate)].mean(axis=0), 0, atol=1e-9)
-
-
 def test_intensities_are_scored_on_the_folds_of_the_study(tmp_path: Path) -> None:
     """The count is that of a plain loop over compounds."""
     store, folds = make_store(tmp_path)
@@ -94,24 +76,56 @@ def test_without_controls_nothing_is_whitened(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == ["intensity"]
 
 
+def write_features(folder: Path, about: dict[str, Any], tiles: pd.DataFrame, values: np.ndarray) -> None:
+    ledger.write_json(folder / "features.json", about)
+    ledger.write_table(folder / "tiles.parquet", tiles)
+    array = zarr.create_array(folder / "features.zarr", shape=values.shape, dtype="float32")
+    array[:] = values
+    ledger.mark_done(folder, "d")
+
+
 def test_features_that_lie_in_the_study_are_scored_by_neighbours(tmp_path: Path) -> None:
     store, folds = make_store(tmp_path)
     tiles = predictions().loc[:, lambda table: ~table.columns.str.startswith("p_")]
     values = np.random.default_rng(0).normal(tiles["label"].str.len().to_numpy()[:, None], 4, (len(tiles), 5))
     about = {"digest": "d", "store_digest": store.content_digest}
     for name, more in (("good", {}), ("of another store", {"store_digest": "x"}), ("of a run", {"run": {"id": "r"}})):
-        folder = tmp_path / "features" / name
-        ledger.write_json(folder / "features.json", {**about, **more})
-        ledger.write_table(folder / "tiles.parquet", tiles)
-        array = zarr.create_array(folder / "features.zarr", shape=values.shape, dtype="float32")
-        array[:] = values
-        ledger.mark_done(folder, "d")
+        write_features(tmp_path / "features" / name, {**about, **more}, tiles, values)
     (tmp_path / "features" / "begun").mkdir()
     assert baselines.feature_digests(tmp_path, store) == ["d"]
     rows = baselines.feature_baselines(tmp_path, store, folds)
     assert [row["name"] for row in rows] == ["nsc_good", "nscb_good"]
-    for row, left_out in zip(rows, ("compound", "compound_and_batch"), strict=True):
+    for row, left_out in zip(rows, LEFT_OUT, strict=True):
         calls = neighbours(tiles, values.astype(np.float32), left_out)
         assert row["correct"] == calls["correct"].sum()
         assert (row["total"], row["not_scorable"]) == ((calls["call"] != "").sum(), (calls["call"] == "").sum())
     assert rows[1]["not_scorable"] > 0
+
+
+def test_features_of_controls_whiten_the_others_and_are_never_scored(tmp_path: Path) -> None:
+    """The rows of controls lie among the others; what they say of a treatment would be seen in the counts."""
+    store, folds = make_store(tmp_path)
+    tiles = predictions().loc[:, lambda table: ~table.columns.str.startswith("p_")].assign(role="treatment")
+    dmso = tiles.drop_duplicates(["plate", "well"]).assign(role="dmso", label="", compound="DMSO", treatment="DMSO")
+    every = pd.concat([tiles, dmso]).sort_values("plate", kind="stable", ignore_index=True)
+    values = np.random.default_rng(0).normal(every["label"].str.len().to_numpy()[:, None], 4, (len(every), 5))
+    values = (values + every["plate"].factorize()[0][:, None]).astype(np.float32)
+    about = {"digest": "d", "store_digest": store.content_digest}
+    write_features(tmp_path / "features" / "good", about, every, values)
+    rows = baselines.feature_baselines(tmp_path, store, folds)
+    assert [row["name"] for row in rows] == ["nsc_good", "nscb_good", "nsc_whitened_good", "nscb_whitened_good"]
+    assert rows[2]["words"] == "features good whitened on DMSO, nearest neighbour of another compound"
+    controls = (every["role"] == "dmso").to_numpy()
+    whitened = whiten(values, controls, every["plate"].to_numpy())
+    own = every[~controls].reset_index(drop=True)
+    counted = []
+    for given in (values, whitened):
+        for left_out in LEFT_OUT:
+            calls = neighbours(own, given[~controls], left_out)
+            counted.append((calls["correct"].sum(), (calls["call"] != "").sum()))
+    assert [(row["correct"], row["total"]) for row in rows] == counted
+    assert {total for _, total in counted[::2]} == {14}
+    bare = (every["role"] == "treatment") | (every["plate"] != "Week2_3")
+    write_features(tmp_path / "features" / "lacking", about, every[bare], values[bare])
+    rows = baselines.feature_baselines(tmp_path, store, folds)
+    assert [row["name"] for row in rows][4:] == ["nsc_lacking", "nscb_lacking"]

@@ -294,6 +294,7 @@ def test_the_command(cellhpc: Cellhpc, study: Path, store: Store, weights: Path,
     assert (said["tiles"], said["features"]) == (96, 256)
     assert said["baseline"]["nearest_neighbour"]["compound"]["treatment"]["total"] == 4
     assert said["baseline"]["logistic_regression"]["compound_and_batch"]["field"]["total"] == 24
+    assert "nearest_neighbour_whitened" not in said["baseline"]
     assert read_json(tmp_path / "out/baseline.json")["features"] == read_json(tmp_path / "out/features.json")["digest"]
     refused = cellhpc("features", study, "--run", "run-0-0", "--baseline")
     assert refused.returncode == 2

@@ -32,6 +32,14 @@ WORKER_BYTES = 300e6
 """What a worker process needs besides its blocks: interpreter and libraries, measured by tests/bench/convert.py."""
 
 
+def tiled_roles(settings: ConvertSettings) -> tuple[str, ...]:
+    """Roles of the fields that become tiles, in the order of their places in a plate's array.
+
+    Controls come after the treatments: these lie as they do in a store without controls, and together.
+    """
+    return ("treatment", "dmso") if settings.controls else ("treatment",)
+
+
 @dataclass(frozen=True)
 class FieldSource:
     """One field of a plate and its files, one for each channel."""
@@ -56,7 +64,7 @@ class Plate:
     name
         Its name, and that of its folders.
     fields
-        Count of the fields that become tiles.
+        Count of the fields that become tiles, with `convert.controls` of the DMSO fields too.
     reference
         The fields that its pixels are normalised by; none if they are taken as they are.
     lit
@@ -108,7 +116,7 @@ class ConversionPlan:
     plates, tasks
         All of them, finished or not.
     fields
-        The fields table of the fields that become tiles and, if needed, of the DMSO fields, by plate, well and field.
+        The fields table of the treatments' fields and, if needed, of the DMSO fields, by plate, well and field.
     identity
         What the store is; all its plates are made alike.
     """
@@ -224,9 +232,12 @@ class ConversionPlan:
         """Count the whole conversion, finished or not; `bytes_out` are those of the tiles before compression.
 
         `worker_bytes` is about what a worker process holds at most; the others count pictures, bytes and files. Those
-        of the archive are counted for themselves, `archive_bytes` before compression.
+        of the archive are counted for themselves, `archive_bytes` before compression. `fields` and `tiles` are those of
+        treatments; `control_tiles` come besides.
         """
-        fields = sum(plate.fields for plate in self.plates)
+        dmso_fields = int((self.fields["role"] == "dmso").sum())
+        controls = dmso_fields if self.settings.controls else 0
+        fields = sum(plate.fields for plate in self.plates) - controls
         reference = [source for plate in self.plates for source in plate.reference]
         lit = [source for plate in self.plates for source in plate.lit]
         read = [*(source for task in self.tasks for source in task.fields), *reference, *lit]
@@ -236,11 +247,12 @@ class ConversionPlan:
         return {
             "plates": len(self.plates),
             "fields": fields,
-            "dmso_fields": int((self.fields["role"] == "dmso").sum()),
+            "dmso_fields": dmso_fields,
             "tiles": fields * self.tiles_per_field,
+            "control_tiles": controls * self.tiles_per_field,
             "tasks": len(self.tasks),
             "bytes_in": sum(source.bytes for source in read),
-            "bytes_out": fields * self.field_bytes_out,
+            "bytes_out": (fields + controls) * self.field_bytes_out,
             # shards and markers of tasks; metadata of arrays, plates and root; of each plate its record, two tables,
             # statistics and illumination; the store's own record and lock
             "files": len(self.tasks) * (len(self.tile_sizes_px) + 1)
@@ -271,6 +283,8 @@ class ConversionPlan:
         totals, done = self.totals(), len(self.plates) - len(self.unfinished())
         sizes = " and ".join(str(px) for px in self.tile_sizes_px)
         reference = sum(len(plate.reference) for plate in self.plates)
+        tiled = f", {totals['dmso_fields']:,} DMSO fields for tiles of controls" if self.settings.controls else ""
+        cut = f"{totals['tiles']:,} tiles" + (f" and {totals['control_tiles']:,} of controls," if tiled else "")
         already = (
             " (already converted)" if done == len(self.plates) else f" ({done:,} plates are there)" if done else ""
         )
@@ -279,9 +293,9 @@ class ConversionPlan:
             f"  read    {totals['fields']:,} fields of {totals['plates']:,} plates, {self.format}, "
             f"{len(self.channels)} channels ({', '.join(self.channels)})",
             f"          {reference:,} {'DMSO fields' if self.settings.statistics == 'dmso' else 'of these'} for the "
-            f"statistics{', all for the illumination' if self.settings.illumination != 'none' else ''}; "
+            f"statistics{', all for the illumination' if self.settings.illumination != 'none' else ''}{tiled}; "
             f"{size_text(totals['bytes_in'])} in all",
-            f"  write   {totals['tiles']:,} tiles of {sizes} pixels, at most {size_text(totals['bytes_out'])}, "
+            f"  write   {cut} of {sizes} pixels, at most {size_text(totals['bytes_out'])}, "
             f"in about {totals['files']:,} files",
             f"  tasks   {totals['tasks']:,}, each of up to {self.settings.shard_fields} fields; "
             f"a worker holds about {size_text(totals['worker_bytes'])}",

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from cellhpc.archive import has_field, is_foreign
-from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task, size_text
+from cellhpc.convert.plan import ConversionPlan, FieldSource, Plate, Task, size_text, tiled_roles
 from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.ledger import digest
 from cellhpc.pixels import BadField, FieldFormat, file_bytes, probe_field
@@ -37,7 +37,8 @@ def plan_conversion(
     settings
         The section `[convert]`.
     screen
-        The screen; fields of role "treatment" become tiles, those of role "dmso" on the same plates normalise them.
+        The screen; fields of role "treatment" become tiles, those of role "dmso" on the same plates normalise them,
+        and become tiles too with `settings.controls`.
     tile_sizes_px
         Sides of the tiles. A store that is there and holds these and further sizes is taken as it is.
     store
@@ -88,11 +89,13 @@ def _pixel_settings(settings: ConvertSettings) -> dict[str, Any]:
     keys |= {"zscore": {"zscore_range"}, "percentile": {"percentiles"}}.get(settings.preprocessing, set())
     if settings.illumination != "none":
         keys.add("illumination_sigma_px")
+    if settings.controls:  # named only where there are some: stores that were made before stay what they are
+        keys.add("controls")
     return settings.model_dump(mode="json", include=keys)
 
 
 def _fields(settings: ConvertSettings, screen: Screen) -> pd.DataFrame:
-    """Fields that become tiles and, where plates are normalised by them, their DMSO fields."""
+    """Fields of treatments and, where plates are normalised by them or they become tiles too, their DMSO fields."""
     used = screen.fields[screen.fields["role"] == "treatment"]
     if used.empty:
         raise DataError(
@@ -100,9 +103,17 @@ def _fields(settings: ConvertSettings, screen: Screen) -> pd.DataFrame:
             remedy="See what the tables hold with: cellhpc inspect JOB.toml",
         )
     dmso = screen.fields[(screen.fields["role"] == "dmso") & screen.fields["plate"].isin(used["plate"])]
+    missing = sorted(set(used["plate"]) - set(dmso["plate"]))
+    if settings.controls and missing:
+        raise DataError(
+            "convert.controls cuts tiles of the DMSO wells, which the features of each plate are whitened on, and "
+            f"{len(missing)} of {used['plate'].nunique()} plates have none.",
+            [f"plate {plate}: no DMSO field" for plate in missing],
+            "Set convert.controls = false, or drop these plates from the screen's table.",
+        )
     if settings.preprocessing == "none":
-        dmso = dmso.iloc[:0]
-    elif settings.statistics == "dmso" and (missing := sorted(set(used["plate"]) - set(dmso["plate"]))):
+        dmso = dmso if settings.controls else dmso.iloc[:0]
+    elif settings.statistics == "dmso" and missing:
         raise DataError(
             f'convert.preprocessing = "{settings.preprocessing}" normalises each plate by its DMSO wells, and '
             f"{len(missing)} of {used['plate'].nunique()} plates have none.",
@@ -272,16 +283,16 @@ def _divide(
     plates, tasks = [], []
     for key, rows in fields.groupby("plate", sort=True):
         name, every = str(key), tuple(_sources(root, rows, files))
-        used = [source for source in every if source.role == "treatment"]
+        tiled = [source for role in tiled_roles(settings) for source in every if source.role == role]
         lit = every if settings.illumination != "none" else ()
         reference: tuple[FieldSource, ...] = ()
         if settings.preprocessing != "none":
             reference = tuple(source for source in every if source.role == "dmso" or settings.statistics == "plate")
         by = digest({"how": how, "reference": _names(reference), "lit": _names(lit)})
-        content, labels = digest([by, _names(used)]), _table_digest(rows.drop(columns=files))
-        plates.append(Plate(name, len(used), reference, lit, by, content, labels, every, digest(_names(every))))
-        for shard in range(math.ceil(len(used) / per_shard)):
-            part = tuple(used[shard * per_shard : (shard + 1) * per_shard])
+        content, labels = digest([by, _names(tiled)]), _table_digest(rows.drop(columns=files))
+        plates.append(Plate(name, len(tiled), reference, lit, by, content, labels, every, digest(_names(every))))
+        for shard in range(math.ceil(len(tiled) / per_shard)):
+            part = tuple(tiled[shard * per_shard : (shard + 1) * per_shard])
             document = {"plate": by, "shard": shard, "fields": _names(part)}
             tasks.append(Task(f"{name}-{shard:05d}", name, shard, part, digest(document)))
     return tuple(plates), tuple(tasks)

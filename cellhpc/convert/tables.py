@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellhpc.convert.plan import ConversionPlan, Plate
+from cellhpc.convert.plan import ConversionPlan, Plate, tiled_roles
 from cellhpc.convert.tasks import STATISTICS, read_marker, shard_name
 from cellhpc.ledger import provenance, write_json, write_table
 from cellhpc.record import FIELDS, PLATE, TILES, plate_folder
@@ -24,14 +24,15 @@ def write_tables(plan: ConversionPlan, plate: Plate) -> None:
     - bad, why it was set aside ("" if it was not); near_empty, how many of its tiles are;
     - the figures of `cellhpc.quality`, each as <figure>_<channel>.
 
-    ``tiles.parquet`` has a row for each tile, near-empty and bad ones included: the columns of the fields table without
-    the files, and
+    ``tiles.parquet`` has a row for each tile, near-empty and bad ones included, and with `convert.controls` those of
+    role "dmso" after the others: the columns of the fields table without the files, and
 
     - tile, its place in the field, row-major from 0; row, its place in the plate's array;
     - signal_fraction, the fraction of its values that are signal (NaN in bad fields); kept, whether it is to be used.
 
-    ``plate.json`` has digest, labels (the digest of its part of the fields table), counts, statistics, bad_fields, the
-    root of its pictures, and the versions that it was made by.
+    ``plate.json`` has digest, labels (the digest of its part of the fields table), counts (those of fields and tiles
+    without controls, which are counted for themselves if they were cut), statistics, bad_fields, the root of its
+    pictures, and the versions that it was made by.
 
     Raises
     ------
@@ -39,7 +40,8 @@ def write_tables(plan: ConversionPlan, plate: Plate) -> None:
         A task has no marker.
     """
     statistics = _marker(plan, plate, STATISTICS, plate.reference_digest) if plan.normalised else {"fields": []}
-    records = [record for record in statistics["fields"] if record["role"] == "dmso"]
+    tiled = tiled_roles(plan.settings)
+    records = [record for record in statistics["fields"] if record["role"] not in tiled]
     for task in plan.tasks:
         if task.plate == plate.name:
             records += _marker(plan, plate, shard_name(task), task.digest)["fields"]
@@ -49,6 +51,9 @@ def write_tables(plan: ConversionPlan, plate: Plate) -> None:
     tiles = _tiles(plan, fields)
     fields = fields.drop(columns="signal")
     good = (fields["role"] == "treatment") & (fields["bad"] == "")
+    used = tiles["role"] == "treatment"
+    controls = {"control_tiles": int((~used).sum()), "kept_control_tiles": int(tiles.loc[~used, "kept"].sum())}
+    controls = controls if plan.settings.controls else {}
     bad = [_bad_field(record) for record in records if record["bad"]]
     made = {key: value for key, value in provenance().items() if key in ("versions", "python", "commit", "dirty")}
     record = {
@@ -58,9 +63,10 @@ def write_tables(plan: ConversionPlan, plate: Plate) -> None:
         "counts": {
             "fields": int(good.sum()),
             "bad_fields": len(bad),
-            "tiles": len(tiles),
-            "kept_tiles": int(tiles["kept"].sum()),
+            "tiles": int(used.sum()),
+            "kept_tiles": int(tiles.loc[used, "kept"].sum()),
             "near_empty_tiles": int(fields.loc[good, "near_empty"].sum()),
+            **controls,
         },
         "statistics": statistics.get("statistics", {}),
         "bad_fields": bad,
@@ -96,8 +102,8 @@ def _row(plan: ConversionPlan, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tiles(plan: ConversionPlan, fields: pd.DataFrame) -> pd.DataFrame:
-    """Make a row for each tile of the treatment fields, in the order of the array."""
-    used = fields[fields["role"] == "treatment"].reset_index(drop=True)
+    """Make a row for each tile, in the order of the array."""
+    used = pd.concat([fields[fields["role"] == role] for role in tiled_roles(plan.settings)], ignore_index=True)
     count = plan.tiles_per_field
     names = [f"file_{channel}" for channel in plan.channels]
     table = plan.fields.drop(columns=names).columns

@@ -47,13 +47,17 @@ class Recipe:
     tiles: TileRecipe
     shard_fields: int
     skip_bad: bool
+    controls: bool
     archive: Archive | None
 
     @classmethod
     def of(cls, plan: ConversionPlan) -> Recipe:
         """Take the recipe out of a plan."""
-        skip = plan.settings.on_bad_field == "skip"
-        return cls(plan.root, plan.store, plan.format, plan.recipe, plan.settings.shard_fields, skip, plan.archive)
+        made = plan.settings
+        skip = made.on_bad_field == "skip"
+        return cls(
+            plan.root, plan.store, plan.format, plan.recipe, made.shard_fields, skip, made.controls, plan.archive
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def count_pixels(
             records.append(_bad(source, fault))
             continue
         quality = measure(pixels)
-        if source.role == "dmso":
+        if source.role == "dmso" and not recipe.controls:
             _archive(recipe, plate, source, facts, pixels, quality)
         records.append(facts | dataclasses.asdict(quality))
         counts = histograms(_evened(pixels, light))

@@ -144,7 +144,8 @@ def _compare(store: Path, plates: list[str], raw: Path | None, sample: int) -> I
     files = [f"file_{channel}" for channel in identity["channels"]]
     tables = [pd.read_parquet(plate_folder(store, plate) / FIELDS) for plate in plates]
     fields = pd.concat(tables, ignore_index=True)
-    fields = fields[(fields["role"] == "treatment") & (fields["bad"] == "")]
+    tiled = (fields["role"] == "treatment") | ((fields["role"] == "dmso") & identity.get("controls", False))
+    fields = fields[tiled & (fields["bad"] == "")]
     drawn = fields.sample(min(sample, len(fields)), random_state=0).sort_index()
     with progress("Sample", len(drawn), "fields") as advance:
         for field in drawn.itertuples():
