@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_damage_is_named(folder: Path, cellhpc: Cellhpc) -> None:
     assert "P0/tiles_16/c.1.0.0.0: its checksum is not the one that was recorded. Remove the plate" in said.stdout
     assert "P1/tiles_24/c.0.0.0.0: No such file or directory." in said.stdout
     assert "plate P1: tiles.zarr/P1/tiles_24/c.7.0.0.0 belongs to no task" in said.stdout
+
+
+def test_a_field_of_a_damaged_shard_can_not_be_compared(folder: Path, cellhpc: Cellhpc) -> None:
+    shard = folder / "store/tiles.zarr/P0/tiles_16/c.0.0.0.0"
+    shard.write_bytes(shard.read_bytes()[:-9])  # its index is torn
+    said = cellhpc("verify", folder / "store", "--raw", folder / "raw")
+    assert said.returncode == 1
+    assert "P0/tiles_16/c.0.0.0.0: its checksum is not the one that was recorded" in said.stdout
+    assert re.search(r"plate P0: well \w+ field \d: .* can't be read: the checksum of its index is wrong", said.stdout)
+    assert "Traceback" not in said.stderr
 
 
 def test_pictures_that_changed_or_went_away(folder: Path) -> None:

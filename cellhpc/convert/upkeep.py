@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import zarr
 
 from cellhpc.convert.tasks import ILLUMINATION
 from cellhpc.convert.workers import cores
 from cellhpc.correct import PlateStatistics, TileRecipe, cut_tiles
-from cellhpc.errors import UsageError, listing
+from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.illumination import even_out, gains
 from cellhpc.ledger import held, read_json
 from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
 from cellhpc.progress import progress
-from cellhpc.record import ARRAYS, FIELDS, LOCK, PLATE, PLATES, TILES, plate_folder, read_identity, read_plate
+from cellhpc.record import ARRAYS, LOCK, PLATE, PLATES, plate_folder, read_identity, read_plate
+from cellhpc.tiles import Store
 
 
 @dataclass(frozen=True)
@@ -140,10 +139,9 @@ def _compare(store: Path, plates: list[str], raw: Path | None, sample: int) -> I
     """Make some fields anew; yields for each what is wrong ("" if nothing is), or None without its raw pictures."""
     if not plates or not sample:
         return
-    identity = read_identity(store)
+    identity, opened = read_identity(store), Store.open(store, plates)
     files = [f"file_{channel}" for channel in identity["channels"]]
-    tables = [pd.read_parquet(plate_folder(store, plate) / FIELDS) for plate in plates]
-    fields = pd.concat(tables, ignore_index=True)
+    fields = opened.fields
     tiled = (fields["role"] == "treatment") | ((fields["role"] == "dmso") & identity.get("controls", False))
     fields = fields[tiled & (fields["bad"] == "")]
     drawn = fields.sample(min(sample, len(fields)), random_state=0).sort_index()
@@ -153,11 +151,11 @@ def _compare(store: Path, plates: list[str], raw: Path | None, sample: int) -> I
             record = read_plate(store, str(field.plate))
             root = raw or Path(record["root"])
             names = [getattr(field, name) for name in files]
-            yield _compare_field(store, identity, record, field, root, names)
+            yield _compare_field(opened, identity, record, field, root, names)
 
 
 def _compare_field(
-    store: Path, identity: dict[str, Any], record: dict[str, Any], field: Any, root: Path, files: list[str]
+    store: Store, identity: dict[str, Any], record: dict[str, Any], field: Any, root: Path, files: list[str]
 ) -> str | None:
     where = f"plate {field.plate}: well {field.well} field {field.field}"
     size, modified_ns = file_state(root, files)
@@ -169,16 +167,19 @@ def _compare_field(
         pixels = read_field(root, files, FieldFormat(**identity["field"]))
     except BadField as fault:
         return f"{where}: {fault.reason}"
-    light = plate_folder(store, str(field.plate)) / f"{ILLUMINATION}.npy"
+    light = plate_folder(store.folder, str(field.plate)) / f"{ILLUMINATION}.npy"
     if light.exists():
         pixels = even_out(pixels, gains(np.load(light), *pixels.shape[:2]))
     statistics = {key: tuple(values) for key, values in record["statistics"].items()}
     made = cut_tiles(pixels, _recipe(identity), PlateStatistics(**statistics) if statistics else None)
-    tiles = pd.read_parquet(plate_folder(store, str(field.plate)) / TILES)
-    rows = tiles.loc[(tiles["well"] == field.well) & (tiles["field"] == field.field), "row"].to_numpy()
+    tiles = store.tiles_of(str(field.plate))
+    mine = tiles[(tiles["well"] == field.well) & (tiles["field"] == field.field)]
     for px, expected in made.tiles.items():
-        array = zarr.open_array(store / ARRAYS / str(field.plate) / f"tiles_{px}", mode="r")
-        if not np.array_equal(np.asarray(array[rows[0] : rows[-1] + 1]), expected):
+        try:
+            found = store.read(mine, px)
+        except DataError as fault:
+            return f"{where}: {str(fault).splitlines()[0]}"
+        if not np.array_equal(found, expected):
             return f"{where}: its tiles of {px} pixels are not what its raw pictures give"
     return ""
 
