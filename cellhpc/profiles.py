@@ -25,7 +25,7 @@ from rich.table import Table
 
 from cellhpc.errors import DataError, UsageError
 from cellhpc.progress import progress
-from cellhpc.scores import KEYS, PREFIX, baselines, combine, counted, score
+from cellhpc.scores import BASELINES, KEYS, PREFIX, baselines, combine, counted, percent, score
 
 LeftOut: TypeAlias = Literal["compound", "compound_and_batch"]
 How: TypeAlias = Literal["mean", "median"]
@@ -235,10 +235,9 @@ def render_baseline(found: Mapping[str, Any], title: str) -> Table:
                 aside = f"{levels['not_scorable']}" if level == "treatment" else ""
                 table.add_row(method_words, words, level, *counted(levels[level]), aside)
         table.add_section()
-    names = {"majority": "commonest class of training", "batch_only": "commonest class of the batch"}
-    for key, words in names.items():
+    for key, words in BASELINES.items():
         if known := found["baselines"][key]:
             table.add_row(words, LEFT_OUT["compound"], "treatment", *counted(known), "", style="dim")
-    chance = f"{100 * found['baselines']['chance']:.1f}"
+    chance = percent(found["baselines"]["chance"])
     table.add_row(f"chance, 1 of {len(found['classes'])} classes", "", "", "", chance, "", "", style="dim")
     return table
