@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import platform
 import re
 import socket
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +32,10 @@ from cellhpc.ledger import write_json
 
 BUCKET_BYTES = 16 * 2**20
 CYCLE_MS = 0.5
-"""How often Horovod's thread asks the other ranks what is ready; HOROVOD_CYCLE_TIME in the environment overrides it."""
+"""How often Horovod's thread asks the other ranks what is ready, where Gloo's step back; elsewhere Horovod says, 1 ms.
+HOROVOD_CYCLE_TIME in the environment overrides both."""
+EPOLL = {"x86_64": {"232", "281", "441"}, "aarch64": {"22", "441"}}
+"""Linux's numbers of the calls in which a thread waits for news of sockets: epoll_wait, epoll_pwait, epoll_pwait2."""
 LOOKS, LOOK_SECONDS = 100, 0.002
 """How often, and after how long each time, `_step_back` looks what threads wait for."""
 SILENCE_SECONDS = 30
@@ -197,7 +202,8 @@ def joined() -> Iterator[Ranks]:
     with _meeting(int(os.environ[RANK]), size, Path(os.environ[MEETING])):
         others = _threads()
         horovod.init()
-        _step_back(_threads() - others)
+        if _has_one_core():
+            _step_back(_threads() - others)
         ranks = HorovodRanks(horovod)
         ranks.gather(np.zeros(1))  # all have come: until then some may still ask the rendezvous
     try:
@@ -207,10 +213,24 @@ def joined() -> Iterator[Ranks]:
             horovod.shutdown()
 
 
+def _has_one_core() -> bool:
+    """Tell whether this rank has one core, and the system tells what its threads wait for."""
+    one = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
+    return one and platform.machine() in EPOLL and bool(_call_of(threading.get_native_id()))
+
+
 def _threads() -> set[int]:
     """List this process's threads by their ids; none where the system (macOS) doesn't tell them."""
     tasks = Path("/proc/self/task")
     return {int(task.name) for task in tasks.iterdir()} if tasks.exists() else set()
+
+
+def _call_of(thread: int) -> str:
+    """Give the number of the system call that a thread is in, or "running"; empty if the system doesn't tell."""
+    try:
+        return Path(f"/proc/self/task/{thread}/syscall").read_text().split()[0]
+    except OSError:
+        return ""
 
 
 def _step_back(threads: Collection[int]) -> None:
@@ -222,14 +242,11 @@ def _step_back(threads: Collection[int]) -> None:
     small network travel. A thread that steps back is interrupted at once.
     """
     waiting: set[int] = set()
-    for _ in range(LOOKS if threads else 0):
-        for thread in threads:
-            with contextlib.suppress(OSError):  # it has ended, or the system doesn't tell
-                if "ep_poll" in (where := Path(f"/proc/self/task/{thread}/wchan").read_text()) or "epoll" in where:
-                    waiting.add(thread)
+    for _ in range(LOOKS):
+        waiting |= {thread for thread in threads if _call_of(thread) in EPOLL[platform.machine()]}
         time.sleep(LOOK_SECONDS)
     for thread in waiting:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # it has ended, or may not be changed: slower, not wrong
             os.setpriority(os.PRIO_PROCESS, thread, 19)
 
 
@@ -253,7 +270,8 @@ def _meeting(rank: int, size: int, folder: Path) -> Iterator[None]:
         HOROVOD_FUSION_THRESHOLD="0",  # buckets that Horovod joins as they come are summed in an order of chance
         HOROVOD_GLOO_IFACE=interface_towards(meeting["address"]),
     )
-    os.environ.setdefault("HOROVOD_CYCLE_TIME", str(CYCLE_MS))
+    if _has_one_core():
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", str(CYCLE_MS))
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(SILENCE_SECONDS))
     try:
         yield
@@ -265,8 +283,6 @@ def _meeting(rank: int, size: int, folder: Path) -> Iterator[None]:
 
 def _serve(hosts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """Start Horovod's rendezvous for ranks on these hosts, and describe it: address, port and each rank's place."""
-    import threading
-
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     places = _slots(hosts)

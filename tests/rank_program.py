@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 
 import numpy as np
@@ -12,6 +13,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
 
 from cellhpc.ranks import _threads, joined
+
+if "one core" in sys.argv:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 with joined() as ranks:
     variable = tf.Variable([float(ranks.rank + 1)])
