@@ -86,7 +86,7 @@ from cellhpc.tiles import Store
 
 SCHEMA = "cellhpc-scores/1"
 READERS = 2
-"""Threads that read files while others' contents are counted."""
+"""Threads that read the files of a fold ahead, while the contents of others are counted."""
 
 
 def aggregate(
@@ -167,9 +167,10 @@ def aggregate(
     asked = _Asked()
     with GrowingTables(results) as tables, ThreadPoolExecutor(READERS) as threads:
         for fold in sorted(of_folds):
-            reader = FoldReader(folds.named(fold), classes, folds, threads)
+            of_fold = [run for own in of_folds[fold].values() for run in own]
+            reader = FoldReader(folds.named(fold), classes, folds, of_fold, threads)
             for name, own in of_folds[fold].items():
-                members = reader.read(own, problems)
+                members = {run.seed: read for run in own if (read := reader.read(run, problems))}
                 if members and not problems:
                     ladder, climbed = models[name].add(members)
                     tables.add(name, ladder, climbed)

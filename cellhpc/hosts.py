@@ -7,6 +7,7 @@ their owner can read. What ranks have to tell each other before they are connect
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -19,12 +20,20 @@ from cellhpc.errors import UserError
 from cellhpc.ledger import read_json
 
 RANK, RANKS, MEETING = "CELLHPC_RANK", "CELLHPC_RANKS", "CELLHPC_MEETING"
+PLACE = "CELLHPC_PLACE"
+"""Number of this process among those that this host trains on at the same time; Slurm's tasks have it of Slurm."""
 MEETING_SECONDS = 300.0
 """How long ranks wait for each other at the start; importing TensorFlow on a busy machine can take a minute."""
 
 
 class NotMet(UserError):
     """A rank did not come to the meeting in time."""
+
+
+def place_here() -> int:
+    """Give the number of this process among those that train on its host: of several GPUs, it takes its own."""
+    told = os.environ.get(PLACE) or os.environ.get("SLURM_LOCALID") or "0"
+    return int(told) if told.isdecimal() else 0
 
 
 def address_towards(host: str) -> str:

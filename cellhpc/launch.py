@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cellhpc.attempts import FAILED
 from cellhpc.errors import DataError
-from cellhpc.hosts import MEETING, RANK, RANKS
+from cellhpc.hosts import MEETING, PLACE, RANK, RANKS
 from cellhpc.ledger import read_json
 from cellhpc.study import StudyFolder
 from cellhpc.submission import AGAIN, CHECKPOINTED, DONE, ENDS, LOGS, Submission, Task
@@ -162,6 +162,7 @@ def _start(study: StudyFolder, submission: Submission, task: Task, number: int, 
     processes = []
     for rank in range(task.ranks):
         environment = {**os.environ, RANK: str(rank), RANKS: str(task.ranks), MEETING: str(attempt)}
+        environment[PLACE] = str(place * task.ranks + rank)
         cores = rank_cores(place, rank, task.ranks, task.threads, parallel)
         with _log(submission, task, rank).open("ab") as log:
             processes.append(

@@ -7,8 +7,8 @@ read fold by fold; runs of a fold predict the same tiles, whose keys are looked 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def _read(path: Path) -> pa.Table:
 
 
 class FoldReader:
-    """Reads the predictions of one fold's runs; keys that runs share are checked once.
+    """Reads the predictions of one fold's runs, all of them ahead; keys that runs share are checked once.
 
     Parameters
     ----------
@@ -252,37 +252,37 @@ class FoldReader:
         The fold.
     classes, folds
         What the runs were trained for.
+    runs
+        Runs of this fold.
     threads
-        Read files, while the ones that are there are looked at.
+        Read files, while the contents of others are looked at.
     """
 
-    def __init__(self, fold: Fold, classes: Sequence[str], folds: Folds, threads: Executor) -> None:
-        self.fold, self.classes, self.folds, self._threads = fold, classes, folds, threads
+    def __init__(
+        self, fold: Fold, classes: Sequence[str], folds: Folds, runs: Iterable[FinishedRun], threads: Executor
+    ) -> None:
+        self.fold, self.classes, self.folds = fold, classes, folds
         self._known: list[_Keys] = []
         self._columns = [PREFIX + name for name in classes]
+        self._files = {run.id: threads.submit(_read, run.folder / PREDICTIONS) for run in runs}
 
-    def read(self, runs: Sequence[FinishedRun], problems: list[str]) -> dict[int, Predicted]:
-        """Read the predictions of runs.
+    def read(self, run: FinishedRun, problems: list[str]) -> Predicted | None:
+        """Give the predictions of a run, once.
 
         Parameters
         ----------
-        runs
-            Runs of this fold and of one model.
+        run
+            One of the runs.
         problems
             Gets a line for each thing that is wrong.
 
         Returns
         -------
-        dict
-            For the seed of each run what it predicts; without those in which something is wrong.
+        Predicted or None
+            None where something is wrong.
         """
-        files = [self._threads.submit(_read, run.folder / PREDICTIONS) for run in runs]
-        found = {run.seed: self._predicted(run, file, problems) for run, file in zip(runs, files, strict=True)}
-        return {seed: predicted for seed, predicted in found.items() if predicted is not None}
-
-    def _predicted(self, run: FinishedRun, file: Future[pa.Table], problems: list[str]) -> Predicted | None:
         try:
-            table = file.result()
+            table = self._files.pop(run.id).result()
             found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
             wrong = list(problems_of_classes("predictions", found, self.classes))
             keys = None if wrong else self._keys_of(table)

@@ -209,6 +209,8 @@ class Trainer:
             )
             if keeper:
                 keeper.write_history(at.history)
+                if self.ranks.rank == 0:
+                    print(f"{run.id}: {_in_words(at.history[-1], settings.epochs)}", flush=True)
         return at.history, predictions
 
     def _train_epoch(
@@ -363,6 +365,16 @@ def train_run(
         if watch.attributions:
             archives[ATTRIBUTIONS] = ask.attribute(rows, predictions, watch.attributions, run.fold.unknown)
     keeper.publish(tables, archives, lambda: {**_record(trainer, run, folds), **(facts or {})})
+
+
+def _in_words(epoch: Mapping[str, Any], epochs: int) -> str:
+    """Say in a line what a log tells of an epoch."""
+    held_out = epoch["held_out"]
+    level = "field" if "field" in held_out else "tile"
+    right = f"{held_out[level]['correct']} of {held_out[level]['total']} held-out {level}s"
+    return (
+        f"epoch {epoch['epoch']} of {epochs}: loss {epoch['loss']:.3f}, {right}, {epoch['images_per_s']:,.0f} images/s"
+    )
 
 
 def _record(trainer: Trainer, run: Run, folds: Folds) -> dict[str, Any]:

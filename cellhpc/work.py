@@ -32,7 +32,7 @@ from cellhpc.convert.running import ConversionStopped
 from cellhpc.convert.workers import release, serve
 from cellhpc.errors import UserError
 from cellhpc.folds import Folds, check_folds, read_folds
-from cellhpc.hosts import RANK, NotMet
+from cellhpc.hosts import RANK, NotMet, place_here
 from cellhpc.ledger import Taken, provenance, read_json, write_json
 from cellhpc.memory import allowed
 from cellhpc.pipeline import aggregate_study, convert_study, plan_study
@@ -182,7 +182,7 @@ def _aggregate(study: StudyFolder, submission: Submission, task: Task, attempt: 
 
 def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path, watch: Watch) -> list[str]:
     """Train the runs of a task, one after the other; returns the names of those that failed."""
-    start_tensorflow(task.threads, int(os.environ.get("SLURM_LOCALID", os.environ.get(RANK, "0"))))
+    start_tensorflow(task.threads, place_here())
     job = study.read_job()
     watch.checkpoint_seconds = job.sweep.checkpoint_minutes * 60
     watch.keep_weights = job.sweep.keep_weights

@@ -105,10 +105,17 @@ def test_packed_runs_are_the_runs_they_would_be_alone(either: Trainer) -> None:
     pd.testing.assert_frame_equal(packed, alone, check_exact=True)
 
 
-def test_a_run_leaves_its_record_and_is_not_done_twice(trainer: Trainer, tmp_path: Path) -> None:
+def test_a_run_leaves_its_record_and_is_not_done_twice(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, folds = small.data()
     run = small.run(folds, MOBILENET)
     train_run(trainer, run, folds, tmp_path)
+    first, second = capsys.readouterr().out.splitlines()  # what a batch log tells: a line an epoch
+    assert first.startswith(f"{run.id}: epoch 1 of 2: loss ")
+    last = read_json(outputs(tmp_path / run.id) / "history.json")["epochs"][-1]
+    right = last["held_out"]["field"]
+    assert f"loss {last['loss']:.3f}, {right['correct']} of {right['total']} held-out fields, " in second
     record = read_json(outputs(tmp_path / run.id) / "run.json")
     assert record["fold"] == {"name": run.fold.name, "held_out": list(run.fold.held_out)}
     assert record["folds_sha256"] == folds.sha256
@@ -121,6 +128,7 @@ def test_a_run_leaves_its_record_and_is_not_done_twice(trainer: Trainer, tmp_pat
     }  # fmt: skip
     train_run(trainer, run, folds, tmp_path)
     assert snapshot(tmp_path / run.id) == before
+    assert capsys.readouterr().out == ""
 
 
 class TestKeptWeights:
