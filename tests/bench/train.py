@@ -12,8 +12,8 @@
 Then what a run costs beside its steps when it is not the first of its process (its weights, its predictions, its
 files); what checkpoints cost, which are written far more often than a study does it; and what a run costs of which the
 head alone learns, where the backbone runs once for all runs and where it runs in every step. Each line is a process of
-its own; they take turns, so that a machine's moods reach all of them alike. The first epoch, in which graphs are made,
-is not counted.
+its own; they take turns, so that a machine's moods reach all of them alike, and ratios are medians over the turns. The
+first epoch, in which graphs are made, is not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,39 +172,52 @@ def apart(how: dict[str, Any]) -> dict[str, Any]:
     return {"images_per_s": sum(one["images_per_s"] for one in found)}
 
 
-def measure(case: dict[str, Any], repeats: int, parallel: bool) -> dict[str, Any]:
+def measure(case: dict[str, Any], repeats: int, alone: bool = True, parallel: bool = False) -> dict[str, Any]:
     how = case | {"threads": CORES, "augment": "none"}
-    twice = how | {"batch_size": 2 * case["batch_size"], "steps": case["steps"] // 2}
-    kinds = {
-        "fit": lambda: answer(start("plain", how)),
-        "engine": lambda: answer(start("engine", how)),
-        "augmented": lambda: answer(start("engine", how | {"augment": "kensert2019"})),
-    }
+    each = how | {"threads": 1, "epochs": 2 * case["epochs"]}
+    twice = each | {"batch_size": 2 * case["batch_size"], "steps": case["steps"] // 2}
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {}
+    if alone:
+        kinds |= {
+            "fit": lambda: answer(start("plain", how)),
+            "augmented": lambda: answer(start("engine", how | {"augment": "kensert2019"})),
+        }
+    kinds["engine"] = lambda: answer(start("engine", how))
     if parallel:
         kinds |= {
-            "two ranks": lambda: together(how | {"threads": 1}),
-            "limit": lambda: apart(how | {"threads": 1}),
-            "two whole": lambda: together(twice | {"threads": 1}),
-            "limit whole": lambda: apart(twice | {"threads": 1}),
+            "two ranks": lambda: together(each),
+            "limit": lambda: apart(each),
+            "two whole": lambda: together(twice),
+            "limit whole": lambda: apart(twice),
         }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, work in kinds.items():
             found[name].append(work())
     print(f"{case['network']} at {case['side_px']} px, batches of {case['batch_size']}, {CORES} cores")
-    print(f"{'':11} {'images/s':>9} {'of fit':>7} {'waiting':>8}   all of them")
+    print(f"{'':11} {'images/s':>9} {'waiting':>8}   all of them")
     speeds = {name: statistics.median(one["images_per_s"] for one in many) for name, many in found.items()}
     waiting = {name: max(one.get("waiting", 0.0) for one in many) for name, many in found.items()}
     for name, speed in speeds.items():
         every = " ".join(f"{one['images_per_s']:.1f}" for one in found[name])
         waited = f"{waiting[name]:8.2%}" if "waiting" in found[name][0] else " " * 8
-        print(f"{name:11} {speed:9.1f} {speed / speeds['fit']:7.0%} {waited}   {every}", flush=True)
-    ratios = {"engine_of_fit": speeds["engine"] / speeds["fit"]}
+        print(f"{name:11} {speed:9.1f} {waited}   {every}", flush=True)
+
+    def ratio(one: str, other: str) -> float:
+        """Of speeds that were measured right after each other, the median over the repeats."""
+        pairs = zip(found[one], found[other], strict=True)
+        return statistics.median(a["images_per_s"] / b["images_per_s"] for a, b in pairs)
+
+    ratios = {}
+    if alone:
+        ratios["engine_of_fit"] = ratio("engine", "fit")
+        print(f"the engine has {ratios['engine_of_fit']:.0%} of fit")
     if parallel:
-        ratios["two_ranks_of_limit"] = speeds["two ranks"] / speeds["limit"]
-        ratios["two_whole_of_limit"] = speeds["two whole"] / speeds["limit whole"]
+        ratios["two_ranks_of_limit"] = ratio("two ranks", "limit")
+        ratios["two_whole_of_limit"] = ratio("two whole", "limit whole")
+        ratios["two_ranks_of_one"] = ratio("two ranks", "engine")
         print(f"two ranks have {ratios['two_ranks_of_limit']:.0%} of the limit, {ratios['two_whole_of_limit']:.0%} "
-              f"with {case['batch_size']} tiles each, and {speeds['two ranks'] / speeds['engine']:.0%} of one rank "
+              f"with {case['batch_size']} tiles each, and {ratios['two_ranks_of_one']:.0%} of one rank "
               f"of {CORES} threads")  # fmt: skip
     return {"images_per_s": speeds, "waiting": waiting, **ratios}
 
@@ -255,14 +269,18 @@ def heads() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--ranks", action="store_true", help="only what one rank and two do, and the limit")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
         work, how = given.work
         print(json.dumps({"engine": engine, "plain": plain}[work](json.loads(how))))
         return
-    small = measure(SMALL, given.repeats, parallel=True)
-    large = measure(LARGE, 1, parallel=False)
+    small = measure(SMALL, given.repeats, alone=not given.ranks, parallel=True)
+    if given.ranks:
+        print(json.dumps({"bench": "train", "cores": CORES, "small": small}))
+        return
+    large = measure(LARGE, 1)
     beside = {"packed": packed(), "checkpoints": checkpoints(), "heads": heads()}
     print(json.dumps({"bench": "train", "cores": CORES, "small": small, "large": large, **beside}))
 
