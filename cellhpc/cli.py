@@ -206,7 +206,7 @@ def score(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(store: Path, raw: Path | None, sample: int, as_json: bool) -> None:
     """Read every shard of a store again, make some fields anew from the raw pictures. Exit code 0 if all is well."""
-    from cellhpc.convert.upkeep import verify as look
+    from cellhpc.upkeep import verify as look
 
     found = look(store, raw, sample)
     lines = [f"{found.plates:,} plates, {found.shards:,} shards, {found.bytes / 1e6:,.0f} MB read again; "
@@ -223,7 +223,7 @@ def verify(store: Path, raw: Path | None, sample: int, as_json: bool) -> None:
 @click.argument("plates", metavar="PLATE...", nargs=-1, required=True)
 def remove(store: Path, plates: tuple[str, ...]) -> None:
     """Remove plates from a store; the others stay as they are."""
-    from cellhpc.convert.upkeep import remove as take_away
+    from cellhpc.upkeep import remove as take_away
 
     take_away(store, plates)
     click.echo(f"removed: {', '.join(plates)}")

@@ -15,7 +15,6 @@ from PIL import Image
 from cellhpc import baselines
 from cellhpc.backbone import choose_source
 from cellhpc.convert import ConversionPlan, convert, plan_conversion, tasks
-from cellhpc.convert.upkeep import verify
 from cellhpc.correct import TileRecipe, cut_tiles, histograms, plate_statistics
 from cellhpc.errors import DataError, UsageError
 from cellhpc.features import Features, write_features
@@ -27,6 +26,7 @@ from cellhpc.screens import Screen
 from cellhpc.settings import ConvertSettings, FoldsSettings
 from cellhpc.tiles import Store
 from cellhpc.train import load_data
+from cellhpc.upkeep import verify
 from cellhpc.whitening import whiten
 from tests import test_convert
 from tests.conftest import Cellhpc

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cellhpc.convert import convert, plan_conversion
-from cellhpc.convert.upkeep import remove, verify
 from cellhpc.errors import UsageError
 from cellhpc.settings import ConvertSettings
+from cellhpc.shards import Shards
 from cellhpc.tiles import Store
+from cellhpc.upkeep import remove, verify
 from tests.conftest import Cellhpc
 from tests.test_convert import contents, make_screen
 
@@ -67,8 +70,63 @@ def test_a_field_of_a_damaged_shard_can_not_be_compared(folder: Path, cellhpc: C
     said = cellhpc("verify", folder / "store", "--raw", folder / "raw")
     assert said.returncode == 1
     assert "P0/tiles_16/c.0.0.0.0: its checksum is not the one that was recorded" in said.stdout
-    assert re.search(r"plate P0: well \w+ field \d: .* can't be read: the checksum of its index is wrong", said.stdout)
+    line = r"plate P0: well \w+ field \d: its tiles of 16 pixels can't be read: .*checksum do not match"
+    assert re.search(line, said.stdout)
     assert "Traceback" not in said.stderr
+
+
+def test_an_array_without_its_description_is_named(folder: Path) -> None:
+    described = folder / "store/tiles.zarr/P1/tiles_24/zarr.json"
+    described.write_bytes(described.read_bytes()[:100])
+    problems = verify(folder / "store", folder / "raw").problems
+    assert len(problems) == 5  # each field of the plate, and no other
+    assert all(re.match(r"plate P1: .* its tiles of 24 pixels can't be read: ", problem) for problem in problems)
+
+
+def test_tiles_are_read_without_our_own_decoder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an error that our writer and our decoder share would not be seen."""
+
+    def decode(*_: object, **__: object) -> None:
+        raise AssertionError("our own decoder was asked")
+
+    monkeypatch.setattr(Shards, "decode", decode)
+    found = verify(made / "store")
+    assert (found.compared, found.problems) == (10, ())
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[:-9],
+    "noise": lambda content: content[::-1],
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["fields.parquet", "tiles.parquet", "illumination.npy"])
+def test_a_damaged_table_is_named_and_the_other_plates_are_verified(name: str, how: str, folder: Path) -> None:
+    path = folder / "store/plates/P0" / name
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    found = verify(folder / "store", folder / "raw")
+    (problem,) = found.problems
+    assert problem.startswith(f"plate P0: {name} can't be read: ")
+    assert problem.endswith(". Remove the plate (cellhpc remove STORE PLATE) and convert it again.")
+    assert (found.plates, found.shards, found.compared) == (2, 12, 5)  # its shards too; the fields of the other plate
+
+
+def test_tables_that_are_missing_or_lack_a_column(folder: Path, cellhpc: Cellhpc) -> None:
+    (folder / "store/plates/P0/illumination.npy").unlink()
+    tiles = folder / "store/plates/P1/tiles.parquet"
+    pd.read_parquet(tiles).drop(columns="row").to_parquet(tiles)
+    said = cellhpc("verify", folder / "store", "--raw", folder / "raw")
+    assert (said.returncode, "Traceback" in said.stderr) == (1, False)
+    assert "plate P0: illumination.npy can't be read: No such file or directory. Remove the plate" in said.stdout
+    assert re.search(r"plate P1: tiles.parquet can't be read: .*'row'.* not in index", said.stdout)
+
+
+def test_a_record_that_is_no_json_is_named(folder: Path) -> None:
+    (folder / "store/plates/P0/plate.json").write_text("{")
+    (problem,) = verify(folder / "store", folder / "raw").problems
+    assert re.match(r"plate P0: .*plate.json: not a JSON document: .* Remove the plate", problem)
 
 
 def test_pictures_that_changed_or_went_away(folder: Path) -> None:

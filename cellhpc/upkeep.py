@@ -1,16 +1,23 @@
-"""What is done to a store that is there: its plates are verified, or removed."""
+"""What is done to a store that is there: its plates are verified, or removed.
+
+Tiles are read here by Zarr itself, not by `tiles`: a fault that our writer and our reader share would be seen.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import zarr
 
 from cellhpc.convert.tasks import ILLUMINATION
 from cellhpc.convert.workers import cores
@@ -20,8 +27,14 @@ from cellhpc.illumination import even_out, gains
 from cellhpc.ledger import held, read_json
 from cellhpc.pixels import BadField, FieldFormat, file_state, read_field
 from cellhpc.progress import progress
-from cellhpc.record import ARRAYS, LOCK, PLATE, PLATES, plate_folder, read_identity, read_plate
-from cellhpc.tiles import Store
+from cellhpc.record import ARRAYS, FIELDS, LOCK, PLATE, PLATES, TILES, plate_folder, read_identity, read_plate
+
+AGAIN = "Remove the plate (cellhpc remove STORE PLATE) and convert it again."
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError),
+    *(SyntaxError, tokenize.TokenError, pa.ArrowException),
+)
+"""What Zarr, NumPy, pandas and Arrow raise of bytes that are damaged: in a header it may be any of these."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,16 @@ class Verdict:
     problems: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Plate:
+    """What the fields of a plate are made anew with: its record, tables and, if it has one, illumination."""
+
+    record: dict[str, Any]
+    fields: pd.DataFrame
+    tiles: pd.DataFrame
+    light: np.ndarray | None
+
+
 def verify(store: Path, raw: Path | None = None, sample: int = 20) -> Verdict:
     """Read every shard of a store again and compare its checksum; make some fields anew from the raw pictures.
 
@@ -65,26 +88,31 @@ def verify(store: Path, raw: Path | None = None, sample: int = 20) -> Verdict:
     UsageError
         There is no store.
     """
-    plates = _plates(store)
+    plates, identity = _plates(store), read_identity(store)
     problems: list[str] = []
     shards: list[tuple[Path, dict[str, Any]]] = []
+    sound: list[_Plate] = []
     for plate in plates:
-        if not read_plate(store, plate):
-            problems.append(f"plate {plate}: its conversion is not finished. Type: cellhpc convert JOB.toml")
-            continue
-        markers = [read_json(path) for path in sorted(plate_folder(store, plate).glob("[0-9]*.json"))]
-        mine = [(store / ARRAYS / name, told) for marker in markers for name, told in marker["shards"].items()]
-        problems += _strangers(store, plate, {path for path, _ in mine})
-        shards += mine
+        try:
+            record = read_plate(store, plate)
+            if not record:
+                problems.append(f"plate {plate}: its conversion is not finished. Type: cellhpc convert JOB.toml")
+                continue
+            markers = [read_json(path) for path in sorted(plate_folder(store, plate).glob("[0-9]*.json"))]
+            mine = [(store / ARRAYS / name, told) for marker in markers for name, told in marker["shards"].items()]
+            problems += _strangers(store, plate, {path for path, _ in mine})
+            shards += mine
+            sound.append(_read_tables(store, plate, identity, record))
+        except DataError as fault:
+            problems.append(f"plate {plate}: {_first_line(fault)}. {AGAIN}")
     read = 0
     with progress("Checksums", len(shards), "shards") as advance, ThreadPoolExecutor(cores()) as pool:
         for (_, told), problem in zip(shards, pool.map(_check_shard, shards), strict=True):
             advance(1, "")
             read += told["bytes"]
             problems += [problem] if problem else []
-    finished = [plate for plate in plates if read_plate(store, plate)]
     compared, without = 0, 0
-    for outcome in _compare(store, finished, raw, sample):
+    for outcome in _compare(store, identity, sound, raw, sample):
         compared += outcome is not None
         without += outcome is None
         problems += [outcome] if outcome else []
@@ -126,38 +154,74 @@ def _strangers(store: Path, plate: str, known: set[Path]) -> Iterator[str]:
 def _check_shard(shard: tuple[Path, dict[str, Any]]) -> str:
     path, told = shard
     where = "/".join(path.parts[-3:])
-    again = "Remove the plate (cellhpc remove STORE PLATE) and convert it again."
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as fault:
-        return f"{where}: {fault.strerror}. {again}"
-    return "" if found == told["sha256"] else f"{where}: its checksum is not the one that was recorded. {again}"
+        return f"{where}: {fault.strerror}. {AGAIN}"
+    return "" if found == told["sha256"] else f"{where}: its checksum is not the one that was recorded. {AGAIN}"
 
 
-def _compare(store: Path, plates: list[str], raw: Path | None, sample: int) -> Iterator[str | None]:
+def _read_tables(store: Path, plate: str, identity: dict[str, Any], record: dict[str, Any]) -> _Plate:
+    """Read what the fields of a plate are made anew with.
+
+    Raises
+    ------
+    DataError
+        A file is missing or damaged.
+    """
+    columns = ["plate", "well", "field", "role", "bad", "bytes", "modified_ns", *_file_columns(identity)]
+
+    def read(name: str, reader: Callable[[Path], Any]) -> Any:
+        try:
+            return reader(plate_folder(store, plate) / name)
+        except UNREADABLE as fault:
+            raise DataError(f"{name} can't be read: {_first_line(fault)}") from None
+
+    # Whole tables are read, though few columns are needed: damage to any of them is found.
+    fields = read(FIELDS, lambda path: pd.read_parquet(path)[columns])
+    tiles = read(TILES, lambda path: pd.read_parquet(path)[["well", "field", "row"]])
+    lit = identity.get("illumination", "none") != "none"
+    light = read(f"{ILLUMINATION}.npy", lambda path: _light(path, identity)) if lit else None
+    return _Plate(record, fields, tiles, light)
+
+
+def _light(path: Path, identity: dict[str, Any]) -> np.ndarray:
+    light: np.ndarray = np.load(path)
+    if light.dtype != np.float32 or light.ndim != 3 or len(light) != len(identity["channels"]):
+        raise ValueError("it is no float32 array of channel, y, x")
+    return light
+
+
+def _file_columns(identity: dict[str, Any]) -> list[str]:
+    return [f"file_{channel}" for channel in identity["channels"]]
+
+
+def _first_line(fault: BaseException) -> str:
+    told = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
+    return str(told).splitlines()[0].rstrip(".")
+
+
+def _compare(
+    store: Path, identity: dict[str, Any], plates: list[_Plate], raw: Path | None, sample: int
+) -> Iterator[str | None]:
     """Make some fields anew; yields for each what is wrong ("" if nothing is), or None without its raw pictures."""
     if not plates or not sample:
         return
-    identity, opened = read_identity(store), Store.open(store, plates)
-    files = [f"file_{channel}" for channel in identity["channels"]]
-    fields = opened.fields
+    fields = pd.concat([plate.fields.assign(nth=nth) for nth, plate in enumerate(plates)], ignore_index=True)
     tiled = (fields["role"] == "treatment") | ((fields["role"] == "dmso") & identity.get("controls", False))
     fields = fields[tiled & (fields["bad"] == "")]
     drawn = fields.sample(min(sample, len(fields)), random_state=0).sort_index()
     with progress("Sample", len(drawn), "fields") as advance:
         for field in drawn.itertuples():
             advance(1, "")
-            record = read_plate(store, str(field.plate))
-            root = raw or Path(record["root"])
-            names = [getattr(field, name) for name in files]
-            yield _compare_field(opened, identity, record, field, root, names)
+            plate = plates[field.nth]
+            yield _compare_field(store, identity, plate, field, raw or Path(plate.record["root"]))
 
 
-def _compare_field(
-    store: Store, identity: dict[str, Any], record: dict[str, Any], field: Any, root: Path, files: list[str]
-) -> str | None:
+def _compare_field(store: Path, identity: dict[str, Any], plate: _Plate, field: Any, root: Path) -> str | None:
     where = f"plate {field.plate}: well {field.well} field {field.field}"
+    files = [getattr(field, name) for name in _file_columns(identity)]
     size, modified_ns = file_state(root, files)
     if size == 0:
         return None
@@ -167,18 +231,18 @@ def _compare_field(
         pixels = read_field(root, files, FieldFormat(**identity["field"]))
     except BadField as fault:
         return f"{where}: {fault.reason}"
-    light = plate_folder(store.folder, str(field.plate)) / f"{ILLUMINATION}.npy"
-    if light.exists():
-        pixels = even_out(pixels, gains(np.load(light), *pixels.shape[:2]))
-    statistics = {key: tuple(values) for key, values in record["statistics"].items()}
+    if plate.light is not None:
+        pixels = even_out(pixels, gains(plate.light, *pixels.shape[:2]))
+    statistics = {key: tuple(values) for key, values in plate.record["statistics"].items()}
     made = cut_tiles(pixels, _recipe(identity), PlateStatistics(**statistics) if statistics else None)
-    tiles = store.tiles_of(str(field.plate))
-    mine = tiles[(tiles["well"] == field.well) & (tiles["field"] == field.field)]
+    mine = (plate.tiles["well"] == field.well) & (plate.tiles["field"] == field.field)
+    rows = plate.tiles.loc[mine, "row"].to_numpy()
     for px, expected in made.tiles.items():
         try:
-            found = store.read(mine, px)
-        except DataError as fault:
-            return f"{where}: {str(fault).splitlines()[0]}"
+            array = zarr.open_array(store / ARRAYS / str(field.plate) / f"tiles_{px}", mode="r")
+            found = np.asarray(array[rows[0] : rows[-1] + 1])
+        except UNREADABLE as fault:
+            return f"{where}: its tiles of {px} pixels can't be read: {_first_line(fault)}. {AGAIN}"
         if not np.array_equal(found, expected):
             return f"{where}: its tiles of {px} pixels are not what its raw pictures give"
     return ""
