@@ -104,8 +104,28 @@ def test_without_them_a_store_is_what_it_was(tmp_path: Path) -> None:
     assert [task.digest[:8] for task in made.tasks[:3]] == ["c138ad5e", "5b5f7b7f", "41acce35"]
     assert [plate.digest[:8] for plate in made.plates] == ["63cd874b", "03588719"]
     convert(made)
-    with pytest.raises(UsageError, match="controls: None in the store, True wanted now"):
-        plan(screen, tmp_path / "store")
+
+
+def test_a_store_has_them_or_not(tmp_path: Path) -> None:
+    screen = make_screen(tmp_path / "raw", plates=1)
+    convert(plan(screen, tmp_path / "with"))
+    convert(plan(screen, tmp_path / "without", controls=False))
+    with pytest.raises(UsageError, match="controls: false in the store, true wanted now") as fault:
+        plan(screen, tmp_path / "without")
+    another = "Choose another folder with --set convert.store=FOLDER, or remove this one."
+    assert str(fault.value).splitlines()[-1] == f"Tiles of controls come only into a new store. {another}"
+    with pytest.raises(UsageError, match="controls: true in the store, false wanted now") as fault:
+        plan(screen, tmp_path / "with", controls=False)
+    assert str(fault.value).splitlines()[-1] == f"Use what is there with --set convert.controls=true. {another}"
+    with pytest.raises(UsageError) as fault:
+        plan(screen, tmp_path / "with", controls=False, preprocessing="zscore", statistics="plate")
+    assert str(fault.value).splitlines()[1:] == [
+        '  - preprocessing: "kensert2019" in the store, "zscore" wanted now',
+        '  - statistics: "dmso" in the store, "plate" wanted now',
+        "  - zscore_range: not used in the store, [-2.0, 6.0] wanted now",
+        "  - controls: true in the store, false wanted now",
+        another,
+    ]
 
 
 HOW: dict[str, dict[str, Any]] = {
@@ -144,6 +164,10 @@ def test_a_plate_without_controls_is_named(preprocessing: str, tmp_path: Path) -
         plan(dataclasses.replace(screen, fields=bare), tmp_path / "store", preprocessing=preprocessing)
     assert fault.value.problems == ("plate P1: no DMSO field",)
     assert "Set convert.controls = false" in str(fault.value)
+    # One message is enough: what normalises by these wells is named with it.
+    both = preprocessing == "kensert2019"
+    assert ('convert.preprocessing = "kensert2019" normalises each plate by its DMSO wells' in str(fault.value)) is both
+    assert ('convert.controls = false, and convert.statistics = "plate"' in str(fault.value)) is both
 
 
 def test_a_control_that_can_not_be_read_is_refused_or_set_aside_once(tmp_path: Path) -> None:
