@@ -170,9 +170,12 @@ def refuse_other_store(store: Path, recorded: dict[str, Any], wanted: dict[str, 
         return
     remedy = "Choose another folder with --set convert.store=FOLDER, or remove this one."
     if differing == ["controls"]:
-        use_it = "Use what is there with --set convert.controls=true."
-        remedy = f"{use_it if 'controls' in recorded else 'Tiles of controls come only into a new store.'} {remedy}"
-    told = [f"  - {key}: {_as_toml(recorded, key)} in the store, {_as_toml(wanted, key)} wanted now" for key in differing]
+        no_later = "Tiles of controls come only into a new store."
+        hint = "Use what is there with --set convert.controls=true." if "controls" in recorded else no_later
+        remedy = f"{hint} {remedy}"
+    told = [
+        f"  - {key}: {_as_toml(recorded, key)} in the store, {_as_toml(wanted, key)} wanted now" for key in differing
+    ]
     raise UsageError("\n".join([f"{store} was converted with other settings:", *told, remedy]))
 
 
