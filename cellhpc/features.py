@@ -80,21 +80,20 @@ class Features:
         return self._rows[~self._controls].drop(columns="role", errors="ignore").reset_index(drop=True)
 
     @property
-    def values(self) -> zarr.Array:
-        """The features, float32 (n, d), as Zarr's array; where there are controls, theirs too."""
-        return zarr.open_array(self.folder / ARRAY, mode="r")
-
-    @property
     def not_whitened(self) -> str:
-        """Why the features can't be whitened on controls; empty if they can."""
+        """Why the features can't be whitened on controls, and what to do about it; empty if they can."""
         if not self._controls.any():
-            return "there are no tiles of controls: these come with convert.controls = true, into a new convert.store"
+            return (
+                "there are no tiles of controls. They come with convert.controls = true, into a new convert.store, for "
+                "which runs are trained anew: set it before training, or convert a second store beside the study's and "
+                "type cellhpc features STORE2 --baseline"
+            )
         bare = bare_plates(self._controls, self._plates)
         return f"{listing(bare)}: no tile of a control was kept" if bare else ""
 
     def read(self) -> np.ndarray:
         """Read the features of treatments, float32 (m, d)."""
-        return self._of_treatments(np.asarray(self.values[:]))
+        return self._of_treatments(self._values())
 
     def read_whitened(self) -> np.ndarray:
         """Read the features of treatments, whitened on those of controls, float64 (m, d).
@@ -104,7 +103,7 @@ class Features:
         DataError
             They can't be: `not_whitened` says why.
         """
-        return self._of_treatments(whiten(np.asarray(self.values[:]), self._controls, self._plates))
+        return self._of_treatments(whiten(self._values(), self._controls, self._plates))
 
     @cached_property
     def _rows(self) -> pd.DataFrame:
@@ -120,6 +119,10 @@ class Features:
     @property
     def _plates(self) -> np.ndarray:
         return self._rows["plate"].to_numpy(dtype=str)
+
+    def _values(self) -> np.ndarray:
+        """Read all rows, float32 (n, d); those of controls too."""
+        return np.asarray(zarr.open_array(self.folder / ARRAY, mode="r")[:])
 
     def _of_treatments(self, values: np.ndarray) -> np.ndarray:
         return values[~self._controls] if self._controls.any() else values

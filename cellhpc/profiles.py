@@ -59,9 +59,10 @@ def baseline(
     Returns
     -------
     dict
-        For each of `METHODS` and `LEFT_OUT` the levels `treatment` (and `field`, where tiles are called) as
-        `scores.score` gives them, and the number of treatments that are `not_scorable`; None where nothing is scorable.
-        Besides, `classes`, the number of `treatments`, and `baselines`: what is reached without looking at a picture.
+        For each of `METHODS` (the whitened one is missing without `whitened`) and `LEFT_OUT` the levels `treatment`
+        (and `field`, where tiles are called) as `scores.score` gives them, and the number of treatments that are
+        `not_scorable`; None where nothing is scorable. Besides, `classes`, the number of `treatments`, and `baselines`:
+        what is reached without looking at a picture.
 
     Raises
     ------

@@ -240,7 +240,9 @@ class ConvertSettings(Settings):
     """A field that can't be read: refuse its plate, or set the field aside and count it."""
     controls: bool = False
     """Cut tiles of the control wells too, so that features can be whitened on them (`cellhpc.whitening`). They have no
-    label: no network learns from them or is asked about them. Each plate then needs control wells."""
+    label: no network learns from them or is asked about them. Each plate then needs control wells. They come only into
+    a new store, and runs belong to their store: decide before training, or convert a second one for
+    `cellhpc features STORE2 --baseline`."""
     archive: UserPath | None = None
     """Folder into which every field that is read is also written as it is, as OME-Zarr 0.5: a plate of its own for each
     plate, a file for the pixels of each field. Without it, none is. Stores of one screen may share it."""

@@ -10,25 +10,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from PIL import Image
 
 from cellhpc import baselines
+from cellhpc.aggregate import aggregate
+from cellhpc.attempts import finished
 from cellhpc.backbone import choose_source
 from cellhpc.convert import ConversionPlan, convert, plan_conversion, tasks
 from cellhpc.correct import TileRecipe, cut_tiles, histograms, plate_statistics
 from cellhpc.errors import DataError, UsageError
 from cellhpc.features import Features, write_features
-from cellhpc.folds import plan_folds
+from cellhpc.folds import plan_folds, write_folds
 from cellhpc.ledger import read_json
 from cellhpc.overview import plate_overview, well_box
 from cellhpc.profiles import neighbours
+from cellhpc.ranks import OneRank
 from cellhpc.screens import Screen
-from cellhpc.settings import ConvertSettings, FoldsSettings
+from cellhpc.settings import ConvertSettings, FoldsSettings, TrainSettings
 from cellhpc.tiles import Store
-from cellhpc.train import load_data
+from cellhpc.train import Trainer, load_data, train_run
 from cellhpc.upkeep import verify
 from cellhpc.whitening import whiten
-from tests import test_convert
+from tests import small, test_convert
 from tests.conftest import Cellhpc
 from tests.test_convert import SETTINGS, contents, make_screen, mend, pixels
 
@@ -104,8 +108,28 @@ def test_without_them_a_store_is_what_it_was(tmp_path: Path) -> None:
     assert [task.digest[:8] for task in made.tasks[:3]] == ["c138ad5e", "5b5f7b7f", "41acce35"]
     assert [plate.digest[:8] for plate in made.plates] == ["63cd874b", "03588719"]
     convert(made)
-    with pytest.raises(UsageError, match="controls: None in the store, True wanted now"):
-        plan(screen, tmp_path / "store")
+
+
+def test_a_store_has_them_or_not(tmp_path: Path) -> None:
+    screen = make_screen(tmp_path / "raw", plates=1)
+    convert(plan(screen, tmp_path / "with"))
+    convert(plan(screen, tmp_path / "without", controls=False))
+    with pytest.raises(UsageError, match="controls: false in the store, true wanted now") as fault:
+        plan(screen, tmp_path / "without")
+    another = "Choose another folder with --set convert.store=FOLDER, or remove this one."
+    assert str(fault.value).splitlines()[-1] == f"Tiles of controls come only into a new store. {another}"
+    with pytest.raises(UsageError, match="controls: true in the store, false wanted now") as fault:
+        plan(screen, tmp_path / "with", controls=False)
+    assert str(fault.value).splitlines()[-1] == f"Use what is there with --set convert.controls=true. {another}"
+    with pytest.raises(UsageError) as fault:
+        plan(screen, tmp_path / "with", controls=False, preprocessing="zscore", statistics="plate")
+    assert str(fault.value).splitlines()[1:] == [
+        '  - preprocessing: "kensert2019" in the store, "zscore" wanted now',
+        '  - statistics: "dmso" in the store, "plate" wanted now',
+        "  - zscore_range: not used in the store, [-2.0, 6.0] wanted now",
+        "  - controls: true in the store, false wanted now",
+        another,
+    ]
 
 
 HOW: dict[str, dict[str, Any]] = {
@@ -140,10 +164,14 @@ def test_what_is_missing_is_done_and_all_is_verified(how: str, tmp_path: Path) -
 def test_a_plate_without_controls_is_named(preprocessing: str, tmp_path: Path) -> None:
     screen = make_screen(tmp_path / "raw")
     bare = screen.fields[(screen.fields["plate"] != "P1") | (screen.fields["role"] != "dmso")]
-    with pytest.raises(DataError, match="which the features of each plate are whitened on, and 1 of 2 plates") as fault:
+    with pytest.raises(DataError, match=r"plate are whitened on, .*and 1 of 2 plates have none") as fault:
         plan(dataclasses.replace(screen, fields=bare), tmp_path / "store", preprocessing=preprocessing)
     assert fault.value.problems == ("plate P1: no DMSO field",)
     assert "Set convert.controls = false" in str(fault.value)
+    # One message is enough: what normalises by these wells is named with it.
+    both = preprocessing == "kensert2019"
+    assert ('convert.preprocessing = "kensert2019" normalises each plate by its DMSO wells' in str(fault.value)) is both
+    assert ('convert.controls = false, and convert.statistics = "plate"' in str(fault.value)) is both
 
 
 def test_a_control_that_can_not_be_read_is_refused_or_set_aside_once(tmp_path: Path) -> None:
@@ -264,6 +292,51 @@ def test_nothing_that_learns_or_splits_sees_them(made: Path) -> None:
     assert neighbour["total"] == 4
 
 
+def test_no_run_learns_from_them_or_predicts_them_and_no_score_counts_them(made: Path, tmp_path: Path) -> None:
+    """Run by run and to the last count; the first run is what it is on a store without controls."""
+    stores = {name: Store.open(made / name) for name in ("with", "without")}
+    folds = plan_folds(stores["with"].fields, FoldsSettings())
+    settings = TrainSettings(
+        epochs=2, batch_size=16, learning_rate=0.01, input_scaling="keras", augment="none", batch_norm_momentum=0.5
+    )
+    outputs = {}
+    for name, store in stores.items():
+        trainer = Trainer(MOBILENET, load_data(store, folds, 32), settings, OneRank())
+        for fold in range(len(folds.folds)) if name == "with" else (0,):
+            run = small.run(folds, MOBILENET, fold)
+            train_run(trainer, run, folds, tmp_path / name / "runs")
+            outputs[name, fold] = finished(tmp_path / name / "runs" / run.id) or pytest.fail("not finished")
+    tiles = dict(zip(COMPOUNDS, (72, 48, 24, 48), strict=True))  # 3, 2, 1 and 2 wells on each plate, and 2 of DMSO
+    for fold, compound in enumerate(COMPOUNDS):
+        record = read_json(outputs["with", fold] / "run.json")
+        predicted = pd.read_parquet(outputs["with", fold] / "predictions.parquet")
+        assert record["fold"]["held_out"] == [compound]
+        assert record["trained_on"] == [other for other in COMPOUNDS if other != compound]
+        assert record["training_tiles"] == 192 - tiles[compound]
+        assert record["held_out_tiles"] == len(predicted) == tiles[compound]
+        assert set(predicted["compound"]) == {compound}
+        controls = stores["with"].controls[["plate", "well"]].drop_duplicates()
+        assert predicted.merge(controls, on=["plate", "well"]).empty
+    first, without = (read_json(outputs[name, 0] / "history.json")["epochs"] for name in stores)
+    np.testing.assert_allclose([epoch["loss"] for epoch in first], [epoch["loss"] for epoch in without], rtol=1e-4)
+    tables = [pd.read_parquet(outputs[name, 0] / "predictions.parquet") for name in stores]
+    pd.testing.assert_frame_equal(*(table.drop(columns="row", errors="ignore") for table in tables), rtol=1e-3)
+
+    write_folds(tmp_path / "with/folds.json", folds)
+    units = sorted((tmp_path / "with/runs").iterdir())
+    aggregate(tmp_path / "with", "controls", units, folds.classes, store=stores["with"])
+    scores = read_json(tmp_path / "with/results/scores.json")
+    assert scores["complete"]
+    assert scores["classes"] == ["a", "b"]
+    (model,) = scores["models"]
+    totals = {level: count["total"] for level, count in model["levels"].items()}
+    assert totals == {"tile": 192, "field": 48, "well": 24, "treatment": 4, "compound": 4}
+    assert np.sum(model["confusion"]) == 4
+    assert sorted(row["compound"] for row in model["by_compound"]) == list(COMPOUNDS)
+    for table in ("wells.csv", "fields.csv", "treatments.csv", "compounds.csv"):
+        assert set(pd.read_csv(tmp_path / "with/results" / table)["compound"]) == set(COMPOUNDS)
+
+
 def test_features_of_controls_are_kept_apart(made: Path, tmp_path: Path) -> None:
     without, store = Store.open(made / "without"), Store.open(made / "with")
     plain, found = (
@@ -273,12 +346,14 @@ def test_features_of_controls_are_kept_apart(made: Path, tmp_path: Path) -> None
     rows = pd.read_parquet(found.folder / "tiles.parquet")
     assert "role" not in pd.read_parquet(plain.folder / "tiles.parquet")
     assert list(rows.query("plate == 'P1'")["role"]) == ["treatment"] * 64 + ["dmso"] * 16
-    assert (found.facts["tiles"], found.facts["controls"]) == (found.values.shape[0], 48) == (240, 48)
+    assert (found.facts["tiles"], found.facts["controls"]) == (len(rows), 48) == (240, 48)
     assert "controls" not in plain.facts
     pd.testing.assert_frame_equal(found.tiles, plain.tiles)
     np.testing.assert_allclose(found.read(), plain.read(), atol=1e-5)
     controls = (rows["role"] == "dmso").to_numpy()
-    expected = whiten(np.asarray(found.values[:]), controls, rows["plate"].to_numpy())
+    every = np.asarray(zarr.open_array(found.folder / "features.zarr", mode="r")[:])
+    assert np.array_equal(found.read(), every[~controls])
+    expected = whiten(every, controls, rows["plate"].to_numpy())
     assert np.array_equal(found.read_whitened(), expected[~controls])
     assert found.not_whitened == ""
     assert "there are no tiles of controls" in plain.not_whitened

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from PIL import Image
 
 from cellhpc import features as features_module
@@ -125,8 +126,8 @@ def test_features_are_those_of_plain_keras(store: Store, weights: Path, tmp_path
     pixels = store.read(store.tiles, 32).astype(np.float32)
     seen = np.stack([pixels[..., 0], (pixels[..., 1] + pixels[..., 2]) / 2, pixels[..., 3]], axis=-1)
     expected = network(keras.applications.mobilenet.preprocess_input(seen), training=False)
-    assert written.values.shape == (96, 256) == (written.facts["tiles"], written.facts["features"])
-    assert written.values.dtype == np.float32
+    assert written.read().shape == (96, 256) == (written.facts["tiles"], written.facts["features"])
+    assert written.read().dtype == np.float32
     np.testing.assert_allclose(written.read(), expected, atol=1e-3)  # a graph and its layers one by one round apart
     assert np.ptp(written.read(), axis=0).max() > 0.1
     keys = ["plate", "well", "field", "tile", "compound", "label", "batch", "row"]
@@ -168,7 +169,8 @@ def test_shards_hold_them_in_the_order_of_the_tiles(
     monkeypatch.setattr(features_module, "CHUNK_BYTES", 5 * 256 * 4)
     monkeypatch.setattr(features_module, "SHARD_CHUNKS", 3)
     parts = write_features(source(store, weights), tmp_path / "parts")
-    assert (parts.values.chunks, parts.values.shards) == ((5, 256), (15, 256))
+    array = zarr.open_array(parts.folder / "features.zarr", mode="r")
+    assert (array.chunks, array.shards) == ((5, 256), (15, 256))
     assert np.array_equal(parts.read(), whole)
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -336,19 +337,53 @@ def test_pictures_that_are_missing_are_refused_before_anything_is_written(
     assert "none of" in shown.stdout
 
 
-def test_a_cell_line_can_be_held_out_as_in_bbbc014(tmp_path: Path, cellhpc: Cellhpc) -> None:
-    small = ("--set", "size_px=[64, 80]", "--set", "cell_px=14")
+def test_bbbc014_trains_on_one_cell_line_and_is_tested_on_the_other(tmp_path: Path, cellhpc: Cellhpc) -> None:
+    """It learns, wells are called by the mean of their tiles, and curves lead epoch by epoch to the final counts."""
+    small = ("--set", "size_px=[128, 160]", "--set", "cell_px=14")
     made = cellhpc("synth", "bbbc014", tmp_path / "raw", "--preset", "demo", *small)
     assert made.returncode == 0, made.stderr
     job = tmp_path / "job.toml"
     text = JOB.format(folder=tmp_path).replace('"bbbc021"', '"bbbc014"').replace("ranks = 2", "ranks = 1")
-    job.write_text(text + '[folds]\nby = "cell_line"\n[convert]\npreprocessing = "none"\n')
+    learning = 'learning_rate = 0.05\nschedule = "cosine"\nbatch_norm_momentum = 0.8\ninput_scaling = "keras"'
+    for old, new in (("epochs = 2", "epochs = 6"), ("learning_rate = 0.02", learning), ("rotations", "none")):
+        assert old in text
+        text = text.replace(old, new)
+    job.write_text(text + '[folds]\nby = "cell_line"\n[convert]\npreprocessing = "none"\ntile_grid = [4, 4]\n')
     done = cellhpc("run", job)
     assert done.returncode == 0, done.stderr
-    scores = read_json(tmp_path / "study" / "results" / "scores.json")
+    results = tmp_path / "study" / "results"
+    scores = read_json(results / "scores.json")
     assert scores["runs"]["done"] == 2
-    at = scores["models"][0]["levels"]["well"]
+    model, labels = scores["models"][0], scores["classes"]
+    assert len(labels) == 2
+    at = model["levels"]["well"]
     assert f": {at['correct']} of 64 wells, " in scores["headline"][0]
-    assert list(scores["models"][0]["levels"]) == ["tile", "field", "well", "treatment"]  # one compound, two labels
+    assert list(model["levels"]) == ["tile", "field", "well", "treatment"]  # one compound, two labels
     assert at["total"] == 64  # columns 5 to 8 of the 96 wells carry no label
     assert not [sentence for sentence in scores["headline"] if "leak" in sentence]
+
+    tiles, histories, columns = [], [], [f"p_{label}" for label in labels]
+    for unit in sorted((tmp_path / "study" / "runs").iterdir()):
+        run = finished_run(unit) or pytest.fail(f"{unit.name} is not finished")
+        record, predicted = read_json(run / "run.json"), pd.read_parquet(run / "predictions.parquet")
+        assert set(predicted["cell_line"]) == set(record["fold"]["held_out"])
+        assert record["fold"]["held_out"] + record["trained_on"] in (["A549", "MCF7"], ["MCF7", "A549"])
+        tiles.append(predicted)
+        histories.append(read_json(run / "history.json")["epochs"])
+    predicted = pd.concat(tiles, ignore_index=True)
+
+    means = predicted.groupby("well")[columns].mean()
+    wells = pd.read_csv(results / "wells.csv").set_index("well").loc[means.index]
+    np.testing.assert_allclose(wells[columns], means, atol=1e-6)
+    called = np.array(labels)[means.to_numpy().argmax(axis=1)]
+    right = called == predicted.groupby("well")["label"].first()
+    assert list(wells["call"]) == list(called)
+    assert at["correct"] == right.sum()
+    assert at["wilson95"][0] > 0.6, at  # chance is a half
+
+    for level, curve in model["curves"]["all"].items():
+        for what in ("correct", "total"):
+            epochs = zip(*histories, strict=True)  # both folds' counts, epoch by epoch
+            assert curve[what] == [sum(entry["held_out"][level][what] for entry in epoch) for epoch in epochs]
+            assert len(curve[what]) == 6
+            assert curve[what][-1] == model["levels"][level][what]

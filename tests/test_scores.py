@@ -59,6 +59,14 @@ def test_wilson_interval_of_published_counts(correct: int, total: int, low: floa
     np.testing.assert_allclose(at["wilson95"], proportion_confint(correct, total, method="wilson"))
 
 
+@pytest.mark.parametrize(("correct", "total"), [(0, 7), (7, 7), (0, 1), (1, 1), (55, 55)])
+def test_wilson_interval_at_its_ends_is_scipys(correct: int, total: int) -> None:
+    low, high = scores.accuracy(correct, total)["wilson95"]
+    expected = stats.binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
+    np.testing.assert_allclose([low, high], [expected.low, expected.high], atol=1e-12)
+    assert (low if correct == 0 else 1 - high) == 0  # exactly: a rounding error beyond would be no share
+
+
 @pytest.mark.parametrize("how", ["mean", "median", "log"])
 def test_the_first_two_calls_are_scikit_learns(table: pd.DataFrame, how: scores.How) -> None:
     for level, combined in scores.combine(table, how).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -103,25 +104,30 @@ def _fields(settings: ConvertSettings, screen: Screen) -> pd.DataFrame:
             remedy="See what the tables hold with: cellhpc inspect JOB.toml",
         )
     dmso = screen.fields[(screen.fields["role"] == "dmso") & screen.fields["plate"].isin(used["plate"])]
-    missing = sorted(set(used["plate"]) - set(dmso["plate"]))
-    if settings.controls and missing:
-        raise DataError(
-            "convert.controls cuts tiles of the DMSO wells, which the features of each plate are whitened on, and "
-            f"{len(missing)} of {used['plate'].nunique()} plates have none.",
-            [f"plate {plate}: no DMSO field" for plate in missing],
-            "Set convert.controls = false, or drop these plates from the screen's table.",
-        )
-    if settings.preprocessing == "none":
-        dmso = dmso if settings.controls else dmso.iloc[:0]
-    elif settings.statistics == "dmso" and missing:
-        raise DataError(
-            f'convert.preprocessing = "{settings.preprocessing}" normalises each plate by its DMSO wells, and '
-            f"{len(missing)} of {used['plate'].nunique()} plates have none.",
-            [f"plate {plate}: no DMSO field" for plate in missing],
-            'Set convert.statistics = "plate" to normalise by all fields of a plate, convert.preprocessing = "none" '
-            "for 8-bit pictures that are normalised already, or drop these plates from the screen's table.",
-        )
+    _refuse_plates_without_dmso(settings, set(used["plate"]), set(dmso["plate"]))
+    if settings.preprocessing == "none" and not settings.controls:
+        dmso = dmso.iloc[:0]
     return pd.concat([used, dmso]).sort_values(FIELD_KEY, kind="stable", ignore_index=True)
+
+
+def _refuse_plates_without_dmso(settings: ConvertSettings, plates: set[str], with_dmso: set[str]) -> None:
+    """Refuse plates that lack the wells by which they are normalised, or of which tiles are wanted."""
+    needs, changes = [], []
+    if settings.controls:
+        needs.append("convert.controls cuts tiles of the DMSO wells, which the features of each plate are whitened on")
+        changes.append("convert.controls = false")
+    if settings.preprocessing != "none" and settings.statistics == "dmso":
+        needs.append(f'convert.preprocessing = "{settings.preprocessing}" normalises each plate by its DMSO wells')
+        changes.append(
+            'convert.statistics = "plate" to normalise by all fields of a plate or convert.preprocessing = "none" for '
+            "8-bit pictures that are normalised already"
+        )
+    if needs and (bare := sorted(plates - with_dmso)):
+        raise DataError(
+            f"{', '.join(needs)}, and {len(bare)} of {len(plates)} plates have none.",
+            [f"plate {plate}: no DMSO field" for plate in bare],
+            f"Set {', and '.join(changes)}; or drop these plates from the screen's table.",
+        )
 
 
 def recorded_identity(store: Path) -> dict[str, Any] | None:
@@ -159,16 +165,25 @@ def refuse_other_store(store: Path, recorded: dict[str, Any], wanted: dict[str, 
     UsageError
         Names what differs.
     """
-    differences = [
-        f"  - {key}: {recorded.get(key)!r} in the store, {wanted.get(key)!r} wanted now"
-        for key in {**wanted, **recorded}
-        if recorded.get(key) != wanted.get(key)
+    differing = [key for key in {**wanted, **recorded} if recorded.get(key) != wanted.get(key)]
+    if not differing:
+        return
+    remedy = "Choose another folder with --set convert.store=FOLDER, or remove this one."
+    if differing == ["controls"]:
+        no_later = "Tiles of controls come only into a new store."
+        hint = "Use what is there with --set convert.controls=true." if "controls" in recorded else no_later
+        remedy = f"{hint} {remedy}"
+    told = [
+        f"  - {key}: {_as_toml(recorded, key)} in the store, {_as_toml(wanted, key)} wanted now" for key in differing
     ]
-    if differences:
-        raise UsageError(
-            "\n".join([f"{store} was converted with other settings:", *differences])
-            + "\nChoose another folder with --set convert.store=FOLDER, or remove this one."
-        )
+    raise UsageError("\n".join([f"{store} was converted with other settings:", *told, remedy]))
+
+
+def _as_toml(identity: dict[str, Any], key: str) -> str:
+    """Write a value as it is typed in a job file; of what is not recorded, that it is off or not used."""
+    if key not in identity:
+        return "false" if key == "controls" else "not used"
+    return json.dumps(identity[key], ensure_ascii=False)
 
 
 def _refuse_other_plates(store: Path, plates: Sequence[Plate]) -> None:
