@@ -6,10 +6,12 @@ read fold by fold; runs of a fold predict the same tiles, whose keys are looked 
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from cellhpc.tally import UNKNOWN, Predicted
 
 CURVES = ("tile", "field", "well", "treatment")
 """Levels of the learning curves."""
+AHEAD = 8
+"""Files that are read ahead."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FinishedRun:
     """What is kept of a finished run's `run.json` and `history.json`.
 
@@ -143,12 +147,12 @@ def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: Sequence[Ma
     return FinishedRun(
         id=name,
         folder=folder,
-        network=facts["network"],
-        initialisation=facts["initialisation"],
-        weights=str(facts["weights"]),
+        network=sys.intern(facts["network"]),  # thousands of runs share a few names
+        initialisation=sys.intern(facts["initialisation"]),
+        weights=sys.intern(str(facts["weights"])),
         seed=int(facts["seed"]),
-        fold=str(facts["fold"]["name"]),
-        held_out=tuple(facts["fold"]["held_out"]),
+        fold=sys.intern(str(facts["fold"]["name"])),
+        held_out=tuple(map(sys.intern, facts["fold"]["held_out"])),
         trained_on_also=tuple(facts.get("trained_on_also", ())),
         curves=np.array(counts, np.int32).reshape(-1, len(CURVES), 2),
         seconds=(seconds, search["seconds"]) if search else (seconds,),
@@ -244,7 +248,7 @@ def _read(path: Path) -> pa.Table:
 
 
 class FoldReader:
-    """Reads the predictions of one fold's runs, all of them ahead; keys that runs share are checked once.
+    """Reads the predictions of one fold's runs, some of them ahead; keys that runs share are checked once.
 
     Parameters
     ----------
@@ -253,7 +257,7 @@ class FoldReader:
     classes, folds
         What the runs were trained for.
     runs
-        Runs of this fold.
+        Runs of this fold, in the order in which they are read.
     threads
         Read files, while the contents of others are looked at.
     """
@@ -264,15 +268,16 @@ class FoldReader:
         self.fold, self.classes, self.folds = fold, classes, folds
         self._known: list[_Keys] = []
         self._columns = [PREFIX + name for name in classes]
-        self._files = {run.id: threads.submit(_read, run.folder / PREDICTIONS) for run in runs}
+        self._files = ((run.id, threads.submit(_read, run.folder / PREDICTIONS)) for run in runs)
+        self._ahead = deque(islice(self._files, AHEAD))
 
     def read(self, run: FinishedRun, problems: list[str]) -> Predicted | None:
-        """Give the predictions of a run, once.
+        """Give the predictions of the next run.
 
         Parameters
         ----------
         run
-            One of the runs.
+            The next one of the runs.
         problems
             Gets a line for each thing that is wrong.
 
@@ -282,7 +287,11 @@ class FoldReader:
             None where something is wrong.
         """
         try:
-            table = self._files.pop(run.id).result()
+            name, file = self._ahead.popleft()
+            self._ahead.extend(islice(self._files, 1))
+            if name != run.id:
+                raise AssertionError(f"{name} is to be read before {run.id}")
+            table = file.result()
             found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
             wrong = list(problems_of_classes("predictions", found, self.classes))
             keys = None if wrong else self._keys_of(table)
