@@ -157,7 +157,7 @@ def test_what_is_frozen_has_neither_decay_nor_optimiser_until_all_is_trained() -
     start = weights_by_part(of)
     after = []
     agree = of._agree
-    of._agree = lambda run, epoch: (after.append(weights_by_part(of)), agree(run, epoch))  # type: ignore[method-assign]
+    of._agree = lambda epoch: (after.append(weights_by_part(of)), agree(epoch))  # type: ignore[method-assign]
     fit(of)
     assert len(after) == 3
     assert all(equal(start[0], after[0][0]))

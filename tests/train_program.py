@@ -35,9 +35,9 @@ class WatchedTrainer(Trainer):
     own: list[str]
     checksums: list[str]
 
-    def _agree(self, run, epoch):
+    def _agree(self, epoch):
         self.own.append(self._checksum())
-        super()._agree(run, epoch)
+        super()._agree(epoch)
         self.checksums.append(self._checksum())
 
     def _checksum(self):
