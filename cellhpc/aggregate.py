@@ -55,11 +55,11 @@ Predictions are read fold by fold and forgotten (see `cellhpc.tally`): time grow
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,13 @@ from cellhpc.names import model_name, told_apart
 from cellhpc.outliers import summary
 from cellhpc.predictor import DRAWS, PREDICTIONS
 from cellhpc.results import GrowingTables, Name, write_results
-from cellhpc.runs import CURVES, FinishedRun, FoldReader, read_runs
+from cellhpc.runs import CURVES, FinishedRun, FoldReader, read_ahead, read_runs
 from cellhpc.study import StudyFolder
 from cellhpc.submission import history
 from cellhpc.tally import UNKNOWN, ModelTally
 from cellhpc.tiles import Store
 
 SCHEMA = "cellhpc-scores/1"
-READERS = 2
-"""Threads that read the files of a fold ahead, while the contents of others are counted."""
 
 
 def aggregate(
@@ -165,12 +163,13 @@ def aggregate(
         of_folds[run.fold][run.model].append(run)
     models = {name: ModelTally(classes, how) for name in of_models}
     asked = _Asked()
-    with GrowingTables(results) as tables, ThreadPoolExecutor(READERS) as threads:
+    files = read_ahead(run for fold in sorted(of_folds) for own in of_folds[fold].values() for run in own)
+    with GrowingTables(results) as tables, contextlib.closing(files):
         for fold in sorted(of_folds):
-            of_fold = [run for own in of_folds[fold].values() for run in own]
-            reader = FoldReader(folds.named(fold), classes, folds, of_fold, threads)
+            reader = FoldReader(folds.named(fold), classes, folds)
             for name, own in of_folds[fold].items():
-                members = {run.seed: read for run in own if (read := reader.read(run, problems))}
+                read = {run.seed: reader.read(run, next(files), problems) for run in own}
+                members = {seed: predicted for seed, predicted in read.items() if predicted is not None}
                 if members and not problems:
                     ladder, climbed = models[name].add(members)
                     tables.add(name, ladder, climbed)
@@ -351,11 +350,8 @@ def headline(models: Sequence[dict[str, Any]], by: str) -> list[str]:
         counted = []
         for level in told:
             at = model["levels"][level]
-            low, high = at["wilson95"]
-            counted.append(
-                f"{at['correct']} of {at['total']} {level}s, {100 * at['accuracy']:.1f} % "
-                f"(95 % interval {100 * low:.1f} to {100 * high:.1f}"
-            )
+            _, accuracy, interval = scores.counted(at)
+            counted.append(f"{at['correct']} of {at['total']} {level}s, {accuracy} % (95 % interval {interval}")
         sentence = f"{model_name(model)}: {'); '.join(counted)}; {model['levels_of']})"
         for seed, entry in model["by_seed"].items():
             folds = entry["folds"]

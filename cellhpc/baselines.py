@@ -67,10 +67,8 @@ def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:
         used = folds.used(fields)
         own = fields[used].reset_index(drop=True)
         left_out: LeftOut = "compound_and_batch" if folds.also == "batch" else "compound"
-        words = f"intensity statistics whitened on DMSO, nearest neighbour of another {LEFT_OUT[left_out]}"
-        calls = neighbours(own, whiten(values, controls, plates)[used], left_out)
-        aside = int((calls["call"] == "").sum())
-        found += _row("intensity_neighbour", words, calls[calls["call"] != ""], folds, aside)
+        what = "intensity statistics whitened on DMSO"
+        found += _nearest("intensity_neighbour", what, own, whiten(values, controls, plates)[used], left_out, folds)
     return found
 
 
@@ -111,15 +109,13 @@ def feature_baselines(study: Path, store: Store, folds: Folds) -> list[dict[str,
         tiles = features.tiles
         kept = tiles["label"].isin(folds.classes).to_numpy()
         tiles = tiles[kept].reset_index(drop=True)
-        read = {"": features.read} | ({} if features.not_whitened else {"whitened": features.read_whitened})
-        for how, values in ((how, given()[kept]) for how, given in read.items()):
+        given = [(name, f"features {name}", features.read)]
+        if not features.not_whitened:
+            given.append((f"whitened_{name}", f"features {name} whitened on DMSO", features.read_whitened))
+        for key, what, read in given:
+            values = read()[kept]
             for left_out, short in zip(LEFT_OUT, ("nsc", "nscb"), strict=True):
-                calls = neighbours(tiles, values, left_out)
-                what = f"features {name}" + (f" {how} on DMSO" if how else "")
-                words = f"{what}, nearest neighbour of another {LEFT_OUT[left_out]}"
-                aside = int((calls["call"] == "").sum())
-                key = "_".join(part for part in (short, how, name) if part)
-                found += _row(key, words, calls[calls["call"] != ""], folds, aside)
+                found += _nearest(f"{short}_{key}", what, tiles, values, left_out, folds)
     return found
 
 
@@ -140,6 +136,16 @@ def _features_of(study: Path, store: Store) -> list[Features]:
         if same and not about.get("run"):  # a run has learnt from what is held out
             found.append(features)
     return found
+
+
+def _nearest(
+    name: str, what: str, rows: pd.DataFrame, values: NDArray, left_out: LeftOut, folds: Folds
+) -> list[dict[str, Any]]:
+    """Score the nearest neighbours of treatments; those without any are not scorable."""
+    calls = neighbours(rows, values, left_out)
+    scorable = calls["call"] != ""
+    words = f"{what}, nearest neighbour of another {LEFT_OUT[left_out]}"
+    return _row(name, words, calls[scorable], folds, int((~scorable).sum()))
 
 
 def _row(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,8 +29,8 @@ from cellhpc.tally import UNKNOWN, Predicted
 
 CURVES = ("tile", "field", "well", "treatment")
 """Levels of the learning curves."""
-AHEAD = 8
-"""Files that are read ahead."""
+AHEAD, READERS = 8, 2
+"""Files that are read ahead, and threads that read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +247,18 @@ def _read(path: Path) -> pa.Table:
         return file.read(use_threads=False)
 
 
+def read_ahead(runs: Iterable[FinishedRun]) -> Generator[Future[pa.Table], None, None]:
+    """Read the predictions of runs in their order, a few ahead of the one that is asked for, in threads."""
+    with ThreadPoolExecutor(READERS) as threads:
+        files = (threads.submit(_read, run.folder / PREDICTIONS) for run in runs)
+        ahead = deque(islice(files, AHEAD))
+        while ahead:
+            yield ahead.popleft()
+            ahead.extend(islice(files, 1))
+
+
 class FoldReader:
-    """Reads the predictions of one fold's runs, some of them ahead; keys that runs share are checked once.
+    """Looks at the predictions of one fold's runs; keys that runs share are checked once.
 
     Parameters
     ----------
@@ -256,28 +266,22 @@ class FoldReader:
         The fold.
     classes, folds
         What the runs were trained for.
-    runs
-        Runs of this fold, in the order in which they are read.
-    threads
-        Read files, while the contents of others are looked at.
     """
 
-    def __init__(
-        self, fold: Fold, classes: Sequence[str], folds: Folds, runs: Iterable[FinishedRun], threads: Executor
-    ) -> None:
+    def __init__(self, fold: Fold, classes: Sequence[str], folds: Folds) -> None:
         self.fold, self.classes, self.folds = fold, classes, folds
         self._known: list[_Keys] = []
         self._columns = [PREFIX + name for name in classes]
-        self._files = ((run.id, threads.submit(_read, run.folder / PREDICTIONS)) for run in runs)
-        self._ahead = deque(islice(self._files, AHEAD))
 
-    def read(self, run: FinishedRun, problems: list[str]) -> Predicted | None:
-        """Give the predictions of the next run.
+    def read(self, run: FinishedRun, file: Future[pa.Table], problems: list[str]) -> Predicted | None:
+        """Give the predictions of a run.
 
         Parameters
         ----------
         run
-            The next one of the runs.
+            A run of this fold.
+        file
+            Its file, as `read_ahead` gives it.
         problems
             Gets a line for each thing that is wrong.
 
@@ -287,10 +291,6 @@ class FoldReader:
             None where something is wrong.
         """
         try:
-            name, file = self._ahead.popleft()
-            self._ahead.extend(islice(self._files, 1))
-            if name != run.id:
-                raise AssertionError(f"{name} is to be read before {run.id}")
             table = file.result()
             found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
             wrong = list(problems_of_classes("predictions", found, self.classes))
