@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from cellhpc.upkeep import verify
 from cellhpc.whitening import whiten
 from tests import small, test_convert
 from tests.conftest import Cellhpc
-from tests.test_convert import SETTINGS, contents, make_screen, mend, pixels
+from tests.test_convert import SETTINGS, contents, make_screen, make_screen_with_a_bad_control, mend, pixels
 
 MOBILENET = "MobileNet(alpha=0.25)"
 CHANNELS = ("dna", "actin", "tubulin")
@@ -175,10 +174,7 @@ def test_a_plate_without_controls_is_named(preprocessing: str, tmp_path: Path) -
 
 
 def test_a_control_that_can_not_be_read_is_refused_or_set_aside_once(tmp_path: Path) -> None:
-    screen = make_screen(tmp_path / "raw", plates=1)
-    shutil.copytree(tmp_path / "raw", tmp_path / "good")
-    broken = tmp_path / "raw/P0/06_dna.tif"
-    broken.write_bytes(broken.read_bytes()[:500])
+    screen = make_screen_with_a_bad_control(tmp_path)
     with pytest.raises(DataError, match=r"plate P0: well B04 field 1: P0/06_dna.tif: truncated") as fault:
         convert(plan(screen, tmp_path / "store"))
     assert len(fault.value.problems) == 1

@@ -571,11 +571,17 @@ def test_skip_sets_bad_fields_aside_and_counts_them(tmp_path: Path) -> None:
     assert plan.counts()["kept_tiles"] == 40
 
 
-def test_a_bad_dmso_field_is_refused_or_skipped_and_its_return_redoes_the_plate(tmp_path: Path) -> None:
-    screen = make_screen(tmp_path / "raw", plates=1)
-    shutil.copytree(tmp_path / "raw", tmp_path / "good")
-    control = tmp_path / "raw/P0/06_dna.tif"
+def make_screen_with_a_bad_control(folder: Path) -> Screen:
+    """Make a plate whose raw folder has a DMSO field that can't be read, and beside it a `good` copy."""
+    screen = make_screen(folder / "raw", plates=1)
+    shutil.copytree(folder / "raw", folder / "good")
+    control = folder / "raw/P0/06_dna.tif"
     control.write_bytes(control.read_bytes()[:500])
+    return screen
+
+
+def test_a_bad_dmso_field_is_refused_or_skipped_and_its_return_redoes_the_plate(tmp_path: Path) -> None:
+    screen = make_screen_with_a_bad_control(tmp_path)
     with pytest.raises(DataError, match=r"plate P0: well B04 field 1: P0/06_dna.tif: truncated") as fault:
         convert(plan_conversion(SETTINGS, screen, (16,), tmp_path / "store"))
     assert len(fault.value.problems) == 1
