@@ -55,16 +55,13 @@ Predictions are read fold by fold and forgotten (see `cellhpc.tally`): time grow
 
 from __future__ import annotations
 
-import contextlib
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from cellhpc import figures, ledger, scores
@@ -72,13 +69,14 @@ from cellhpc.attempts import finished
 from cellhpc.attributions import ATTRIBUTIONS
 from cellhpc.baselines import feature_baselines, feature_digests, intensity_baselines
 from cellhpc.compare import comparisons, ensembles
+from cellhpc.counting import Asked, count
 from cellhpc.errors import DataError, listing
 from cellhpc.folds import Folds, read_folds
 from cellhpc.names import model_name, told_apart
 from cellhpc.outliers import summary
 from cellhpc.predictor import DRAWS, PREDICTIONS
-from cellhpc.results import GrowingTables, Name, write_results
-from cellhpc.runs import CURVES, FinishedRun, FoldReader, read_ahead, read_runs
+from cellhpc.results import Name, write_results
+from cellhpc.runs import Course, FinishedRun, read_runs
 from cellhpc.study import StudyFolder
 from cellhpc.submission import history
 from cellhpc.tally import UNKNOWN, ModelTally
@@ -140,7 +138,7 @@ def aggregate(
             "schema": SCHEMA,
             "version": metadata.version("cellhpc"),
             "study": job_name,
-            "runs": {unit.name: _identity(unit, folder) for unit, folder in outputs.items()},
+            "runs": {unit.name: ledger.digest(_identity(unit, folder)) for unit, folder in outputs.items()},
             "expected": sorted(unit.name for unit in units),
             "classes": list(classes),
             "how": how,
@@ -155,33 +153,12 @@ def aggregate(
         document: dict[str, Any] = ledger.read_json(results / "scores.json")
         return document
 
-    runs, origin, problems = read_runs(outputs, classes, folds)
+    runs, courses, origin, problems = read_runs(outputs, classes, folds)
+    models, asked = count(runs, problems, folds, classes, how, results)
     of_models: dict[Name, list[FinishedRun]] = defaultdict(list)
-    of_folds: dict[str, dict[Name, list[FinishedRun]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         of_models[run.model].append(run)
-        of_folds[run.fold][run.model].append(run)
-    models = {name: ModelTally(classes, how) for name in of_models}
-    asked = _Asked()
-    files = read_ahead(run for fold in sorted(of_folds) for own in of_folds[fold].values() for run in own)
-    with GrowingTables(results) as tables, contextlib.closing(files):
-        for fold in sorted(of_folds):
-            reader = FoldReader(folds.named(fold), classes, folds)
-            for name, own in of_folds[fold].items():
-                read = {run.seed: reader.read(run, next(files), problems) for run in own}
-                members = {seed: predicted for seed, predicted in read.items() if predicted is not None}
-                if members and not problems:
-                    ladder, climbed = models[name].add(members)
-                    tables.add(name, ladder, climbed)
-                    problems += asked.add(fold, ladder.describe("well")[0])
-        if problems:
-            raise DataError(
-                "The finished runs can't be scored together.",
-                problems,
-                "Remove the run folders that are named, then type: cellhpc run JOB.toml",
-            )
-        (results / ledger.DONE).unlink(missing_ok=True)  # the tables take their names now
-    entries = [_entry(own, models[name], folds) for name, own in of_models.items()]
+    entries = [_entry(own, models[name], courses[name], folds) for name, own in of_models.items()]
     tell_apart(entries)
     missing = [unit.name for unit in units if unit not in outputs]
     cautions = _cautions(asked, folds, conversion or {})
@@ -191,7 +168,8 @@ def aggregate(
         else []
     )
     # Else the training treatments are not all known.
-    whole = set(of_folds) == {fold.name for fold in folds.folds} and not folds.also and not folds.unknown
+    done = {run.fold for run in runs}
+    whole = done == {fold.name for fold in folds.folds} and not folds.also and not folds.unknown
     baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
     if store and not folds.unknown:
         baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
@@ -237,34 +215,9 @@ def _identity(unit: Path, folder: Path) -> list[Any]:
     return [ledger.done_digest(unit), folder.name, *((facts.st_size, facts.st_mtime_ns) for facts in found)]
 
 
-class _Asked:
-    """The treatments that were asked, by fold and batch; and that no well was asked in two folds."""
-
-    def __init__(self) -> None:
-        self.columns: set[str] = set()
-        self._rows: dict[tuple[Any, ...], None] = {}
-        self._folds: dict[tuple[Any, Any], str] = {}
-
-    def add(self, fold: str, wells: pd.DataFrame) -> list[str]:
-        """Add the wells of a fold; give a line for each of them that another fold asked."""
-        self.columns.update(wells.columns)
-        names = [name for name in ("fold", "treatment", "compound", "label", "batch") if name in wells]
-        self._rows.update(dict.fromkeys(zip(*(wells[name] for name in names), strict=True)))
-        problems: list[str] = []
-        if UNKNOWN in wells:  # what is known may be held out beside several labels
-            return problems
-        for plate, well in zip(wells["plate"], wells["well"], strict=True):
-            if (other := self._folds.setdefault((plate, well), fold)) != fold:
-                problems.append(f"plate {plate}, well {well}: is held out by two folds, {other} and {fold}")
-        return problems
-
-    def table(self) -> pd.DataFrame:
-        """Give them as `scores.baselines` takes them."""
-        names = ["fold", "treatment", "compound", "label", *(["batch"] if "batch" in self.columns else [])]
-        return pd.DataFrame(list(self._rows), columns=names)
-
-
-def _entry(runs: Sequence[FinishedRun], model: ModelTally, folds: Folds) -> dict[str, Any]:
+def _entry(
+    runs: Sequence[FinishedRun], model: ModelTally, courses: Mapping[int, Course], folds: Folds
+) -> dict[str, Any]:
     """Make the entry of one network from one initialisation in `scores.json`."""
     network, start = runs[0].model
     found = model.document()
@@ -272,15 +225,15 @@ def _entry(runs: Sequence[FinishedRun], model: ModelTally, folds: Folds) -> dict
         done = {run.fold for run in runs if str(run.seed) == seed}
         absent = sorted({fold.name for fold in folds.folds} - done)
         entry["folds"] = {"done": len(done), "total": len(folds.folds), "missing": absent}
-    curves = {str(seed): _curves([run for run in runs if run.seed == seed]) for seed in found["seeds"]}
+    together = Course.together(courses.values())
     return {
         "network": network,
         "initialisation": start,
         "weights": runs[0].weights,
         "slug": slug(network, start),
         **found,
-        "curves": {"all": _curves(runs), **curves},
-        "cost": _cost(runs),
+        "curves": {"all": together.curves(), **{str(seed): courses[seed].curves() for seed in found["seeds"]}},
+        "cost": together.cost(),
     }
 
 
@@ -293,16 +246,6 @@ def tell_apart(entries: Sequence[dict[str, Any]]) -> None:
     """Give slugs a number that several models would have."""
     for entry, own in zip(entries, told_apart([entry["slug"] for entry in entries]), strict=True):
         entry["slug"] = own
-
-
-def _curves(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[int]]]:
-    """Held-out counts of each epoch at each level, summed over runs; one that chose fewer epochs stays at its last."""
-    epochs = np.arange(max(len(run.curves) for run in runs))
-    together = np.sum([run.curves[np.minimum(epochs, len(run.curves) - 1)] for run in runs], axis=0)
-    return {
-        level: {count: together[:, at, of].tolist() for of, count in enumerate(("correct", "total"))}
-        for at, level in enumerate(CURVES)
-    }
 
 
 def _searched(runs: Sequence[FinishedRun]) -> dict[str, Any]:
@@ -325,18 +268,6 @@ def _searched(runs: Sequence[FinishedRun]) -> dict[str, Any]:
             }
         )
     return {"search": chosen} if chosen else {}
-
-
-def _cost(runs: Sequence[FinishedRun]) -> dict[str, Any]:
-    """Time (of searches too), speed and size of runs; a run whose record holds no time counts with its epochs'."""
-    return {
-        "runs": len(runs),
-        "epochs": max(len(run.curves) for run in runs),
-        "hours": sum(seconds for run in runs for seconds in run.seconds) / 3600,
-        "images_per_s": float(statistics.median(np.concatenate([run.speeds for run in runs]))),
-        "ranks": sorted({run.ranks for run in runs}),
-        "memory_mb": max((run.memory_mb for run in runs if run.memory_mb), default=None),
-    }
 
 
 def headline(models: Sequence[dict[str, Any]], by: str) -> list[str]:
@@ -374,7 +305,7 @@ def caution_of_shared(asked: pd.DataFrame, by: str) -> list[str]:
     ]
 
 
-def _cautions(asked: _Asked, folds: Folds, conversion: Mapping[str, Any]) -> list[str]:
+def _cautions(asked: Asked, folds: Folds, conversion: Mapping[str, Any]) -> list[str]:
     """Say what else a reader must know: fields that were set aside, and compounds on both sides of a split."""
     sentences = []
     if aside := conversion.get("set_aside"):

@@ -1,36 +1,29 @@
-"""Finished runs: what each left, whether they belong together, and the predictions of a fold.
+"""Finished runs: what each left, and whether they belong together.
 
-The records of all runs are read first, and of each only what is needed later is kept: some numbers. Predictions are
-read fold by fold; runs of a fold predict the same tiles, whose keys are looked at once.
+The records of all runs are read before any prediction. Of a run its names are kept; what it measured is added to that
+of its model and seed at once.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellhpc import ledger
 from cellhpc.errors import DataError, listing
-from cellhpc.folds import Fold, Folds
-from cellhpc.levels import KEYS, PREFIX, Ladder, sound
-from cellhpc.predictor import DRAWS, PREDICTIONS
-from cellhpc.tally import UNKNOWN, Predicted
+from cellhpc.folds import Folds
 
 CURVES = ("tile", "field", "well", "treatment")
 """Levels of the learning curves."""
-AHEAD, READERS = 8, 2
-"""Files that are read ahead, and threads that read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +40,8 @@ class FinishedRun:
         What its fold holds out.
     trained_on_also
         Values of `Folds.also` that it trained on.
-    curves
-        Held-out counts, int32 (epochs, levels of `CURVES`, [correct, total]).
-    seconds
-        Of its training, and of its search.
-    speeds
-        Images per second of each epoch but the first, float64.
-    memory_mb, ranks
-        Peak memory of rank 0; processes.
+    epochs
+        Number of its epochs.
     search
         How it chose its settings, if it did.
     """
@@ -68,17 +55,93 @@ class FinishedRun:
     fold: str
     held_out: tuple[str, ...]
     trained_on_also: tuple[str, ...]
-    curves: NDArray
-    seconds: tuple[float, ...]
-    speeds: NDArray
-    memory_mb: float | None
-    ranks: int
+    epochs: int
     search: dict[str, Any] | None
 
     @property
     def model(self) -> tuple[str, str]:
         """Network and initialisation."""
         return self.network, self.initialisation
+
+
+class Course:
+    """What the trainings of one model and seed counted, epoch by epoch, and what they took; run added to run.
+
+    Attributes
+    ----------
+    runs
+        Their number.
+    """
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self._counts = np.zeros((1, len(CURVES), 2), np.int64)
+        self._seconds = 0.0
+        self._speeds = array("d")
+        self._ranks: set[int] = set()
+        self._memory_mb: float | None = None
+
+    def add(self, facts: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Add what a `run.json` and the epochs of its `history.json` say.
+
+        Raises
+        ------
+        KeyError
+            Something is not in them; then nothing was added.
+        """
+        counts = [
+            [[epoch["held_out"][level][of] for of in ("correct", "total")] for level in CURVES] for epoch in epochs
+        ]
+        speeds = [float(epoch["images_per_s"]) for epoch in epochs[1:] or epochs]
+        seconds = facts.get("seconds") or sum(epoch["seconds"] for epoch in epochs)
+        searched = facts["search"]["seconds"] if facts.get("search") else 0.0
+        self._counts = _sum(self._counts, np.array(counts, np.int64).reshape(-1, len(CURVES), 2))
+        self._speeds.extend(speeds)
+        self._seconds += seconds + searched
+        self._ranks.add(int(facts.get("ranks", 1)))
+        self._memory_mb = max(filter(None, (self._memory_mb, facts.get("memory_mb"))), default=None)
+        self.runs += 1
+
+    @classmethod
+    def together(cls, courses: Iterable[Course]) -> Course:
+        """Add up those of several seeds."""
+        found = cls()
+        for one in courses:
+            found.runs += one.runs
+            found._counts = _sum(found._counts, one._counts)
+            found._seconds += one._seconds
+            found._speeds.extend(one._speeds)
+            found._ranks |= one._ranks
+            found._memory_mb = max(filter(None, (found._memory_mb, one._memory_mb)), default=None)
+        return found
+
+    def curves(self) -> dict[str, dict[str, list[int]]]:
+        """Held-out counts of each epoch at each level; a run that chose fewer epochs stays at its last."""
+        return {
+            level: {count: self._counts[:, at, of].tolist() for of, count in enumerate(("correct", "total"))}
+            for at, level in enumerate(CURVES)
+        }
+
+    def cost(self) -> dict[str, Any]:
+        """Time (of searches too), speed and size; a run whose record holds no time counts with its epochs'."""
+        return {
+            "runs": self.runs,
+            "epochs": len(self._counts),
+            "hours": self._seconds / 3600,
+            "images_per_s": float(statistics.median(self._speeds)),
+            "ranks": sorted(self._ranks),
+            "memory_mb": self._memory_mb,
+        }
+
+
+Courses = dict[tuple[str, str], dict[int, Course]]
+"""Of each model (network and initialisation), of each seed."""
+
+
+def _sum(one: NDArray, other: NDArray) -> NDArray:
+    """Add counts (epochs, levels, 2); what has fewer epochs stays at its last."""
+    epochs = np.arange(max(len(one), len(other)))
+    return sum(part[np.minimum(epochs, len(part) - 1)] for part in (one, other))
 
 
 class Origin:
@@ -107,7 +170,7 @@ class Origin:
 
 def read_runs(
     outputs: Mapping[Path, Path], classes: Sequence[str], folds: Folds
-) -> tuple[list[FinishedRun], Origin, list[str]]:
+) -> tuple[list[FinishedRun], Courses, Origin, list[str]]:
     """Read the records of finished runs.
 
     Parameters
@@ -121,49 +184,59 @@ def read_runs(
     -------
     runs
         Those whose records could be read.
+    courses
+        What they counted and took.
     origin
         Where they were trained.
     problems
         One line for each thing that is wrong.
     """
-    runs, problems, origin = [], [], Origin()
+    runs: list[FinishedRun] = []
+    problems: list[str] = []
+    courses: Courses = defaultdict(lambda: defaultdict(Course))
+    origin, shared = Origin(), _Shared()
     for unit, folder in outputs.items():
         try:
             facts = ledger.read_json(folder / "run.json")
             epochs = ledger.read_json(folder / "history.json")["epochs"]
             problems += [f"{unit.name}: {problem}" for problem in _problems_of(facts, epochs, classes, folds)]
-            runs.append(_kept(unit.name, folder, facts, epochs))
+            run = _kept(unit.name, folder, facts, len(epochs), shared)
+            if epochs:
+                courses[run.model][run.seed].add(facts, epochs)
         except (OSError, DataError, ValueError, KeyError) as fault:
-            problems.append(f"{unit.name}: {_unreadable(fault)}")
+            problems.append(f"{unit.name}: {unreadable(fault)}")
             continue
+        runs.append(run)
         origin.add(facts)
-    return runs, origin, problems + _problems_between(runs, folds)
+    return runs, courses, origin, problems + _problems_between(runs, folds)
 
 
-def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> FinishedRun:
-    counts = [[[epoch["held_out"][level][of] for of in ("correct", "total")] for level in CURVES] for epoch in epochs]
-    search = facts.get("search")
-    seconds = facts.get("seconds") or sum(epoch["seconds"] for epoch in epochs)
+class _Shared(dict[tuple[str, ...], tuple[str, ...]]):
+    """One tuple for all that are equal: thousands of runs share a few."""
+
+    def __call__(self, values: Iterable[Any]) -> tuple[str, ...]:
+        found = tuple(map(str, values))
+        return self.setdefault(found, found)
+
+
+def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: int, shared: _Shared) -> FinishedRun:
     return FinishedRun(
         id=name,
         folder=folder,
-        network=sys.intern(facts["network"]),  # thousands of runs share a few names
+        network=sys.intern(facts["network"]),
         initialisation=sys.intern(facts["initialisation"]),
         weights=sys.intern(str(facts["weights"])),
         seed=int(facts["seed"]),
         fold=sys.intern(str(facts["fold"]["name"])),
-        held_out=tuple(map(sys.intern, facts["fold"]["held_out"])),
-        trained_on_also=tuple(facts.get("trained_on_also", ())),
-        curves=np.array(counts, np.int32).reshape(-1, len(CURVES), 2),
-        seconds=(seconds, search["seconds"]) if search else (seconds,),
-        speeds=np.array([epoch["images_per_s"] for epoch in epochs[1:] or epochs]),
-        memory_mb=facts.get("memory_mb") or None,
-        ranks=int(facts.get("ranks", 1)),
-        search=search,
+        held_out=shared(facts["fold"]["held_out"]),
+        trained_on_also=shared(facts.get("trained_on_also", ())),
+        epochs=epochs,
+        search=facts.get("search"),
     )
 
 
-def _unreadable(fault: Exception) -> str:
+def unreadable(fault: Exception) -> str:
+    """Say in one line why something can't be read."""
     return f"can't be read: {fault!s}".splitlines()[0]
 
 
@@ -218,7 +291,7 @@ def _problems_between(runs: Sequence[FinishedRun], folds: Folds) -> list[str]:
             # Where labels are left out, what is known is held out by several folds.
             held_out[(*run.model, run.seed, value, run.fold if labels_left_out else "")].append(run.id)
         if run.search is None:  # else epochs may have been what it chose
-            epochs[run.model][len(run.curves)].append(run.id)
+            epochs[run.model][run.epochs].append(run.id)
     for (network, start, seed, value, _), ids in held_out.items():
         if len(ids) > 1:
             problems.append(
@@ -229,132 +302,3 @@ def _problems_between(runs: Sequence[FinishedRun], folds: Folds) -> list[str]:
             found = "; ".join(f"{length} epochs in {listing(ids, 3)}" for length, ids in sorted(lengths.items()))
             problems.append(f"{', '.join(model)}: histories of different lengths: {found}")
     return problems
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """The held-out tiles of a fold as runs predict them: columns as read, ladder, values of `by` and of `also`."""
-
-    arrow: pa.Table
-    ladder: Ladder
-    by: frozenset[str]
-    also: frozenset[str]
-
-
-def _read(path: Path) -> pa.Table:
-    """Read a small table in this thread: thousands of them are read."""
-    with pq.ParquetFile(pa.py_buffer(path.read_bytes())) as file:
-        return file.read(use_threads=False)
-
-
-def read_ahead(runs: Iterable[FinishedRun]) -> Generator[Future[pa.Table], None, None]:
-    """Read the predictions of runs in their order, a few ahead of the one that is asked for, in threads."""
-    with ThreadPoolExecutor(READERS) as threads:
-        files = (threads.submit(_read, run.folder / PREDICTIONS) for run in runs)
-        ahead = deque(islice(files, AHEAD))
-        while ahead:
-            yield ahead.popleft()
-            ahead.extend(islice(files, 1))
-
-
-class FoldReader:
-    """Looks at the predictions of one fold's runs; keys that runs share are checked once.
-
-    Parameters
-    ----------
-    fold
-        The fold.
-    classes, folds
-        What the runs were trained for.
-    """
-
-    def __init__(self, fold: Fold, classes: Sequence[str], folds: Folds) -> None:
-        self.fold, self.classes, self.folds = fold, classes, folds
-        self._known: list[_Keys] = []
-        self._columns = [PREFIX + name for name in classes]
-
-    def read(self, run: FinishedRun, file: Future[pa.Table], problems: list[str]) -> Predicted | None:
-        """Give the predictions of a run.
-
-        Parameters
-        ----------
-        run
-            A run of this fold.
-        file
-            Its file, as `read_ahead` gives it.
-        problems
-            Gets a line for each thing that is wrong.
-
-        Returns
-        -------
-        Predicted or None
-            None where something is wrong.
-        """
-        try:
-            table = file.result()
-            found = [name.removeprefix(PREFIX) for name in table.column_names if name.startswith(PREFIX)]
-            wrong = list(problems_of_classes("predictions", found, self.classes))
-            keys = None if wrong else self._keys_of(table)
-            wrong += self._leaks(run, keys) if keys else []
-            if keys and not wrong:
-                values = sound(self._values_of(table), keys.ladder.table)
-                return Predicted(keys.ladder, values, self._draws_of(run, keys))
-        except (OSError, ValueError, pa.ArrowException) as fault:
-            wrong = [_unreadable(fault)]
-        except DataError as fault:
-            wrong = [" ".join(str(fault).split())]
-        problems += [f"{run.id}: {line}" for line in wrong]
-        return None
-
-    def _values_of(self, table: pa.Table) -> NDArray:
-        return np.column_stack([table.column(name).to_numpy() for name in self._columns]).astype(np.float64)
-
-    def _draws_of(self, run: FinishedRun, keys: _Keys) -> NDArray | None:
-        """Read the draws of dropout, one after the other, float64 (draws, tiles, classes); None where there are none.
-
-        Raises
-        ------
-        DataError
-            They are of other tiles than the predictions, or no probabilities.
-        """
-        if not (run.folder / DRAWS).exists():
-            return None
-        table = _read(run.folder / DRAWS)
-        draws, rest = divmod(len(table), len(keys.arrow))
-        same = not rest and {*keys.arrow.column_names, *self._columns} <= set(table.column_names)
-        own = table.select(keys.arrow.column_names) if same else table
-        if not same or any(
-            not own.slice(n * len(keys.arrow), len(keys.arrow)).equals(keys.arrow) for n in range(draws)
-        ):
-            raise DataError(f"{DRAWS} holds other tiles than {PREDICTIONS}.")
-        parts = self._values_of(table).reshape(draws, len(keys.arrow), -1)
-        return np.stack([sound(part, keys.ladder.table) for part in parts])
-
-    def _keys_of(self, table: pa.Table) -> _Keys:
-        own = table.select([name for name in table.column_names if not name.startswith(PREFIX)])
-        for keys in self._known:
-            if own.equals(keys.arrow):
-                return keys
-        if missing := [name for name in KEYS["tile"] if name not in own.column_names]:
-            raise DataError(f"{PREDICTIONS} has no column {listing(missing)}.")
-        frame = own.to_pandas().assign(fold=self.fold.name)
-        if self.fold.unknown:
-            frame[UNKNOWN] = frame["label"] == self.fold.unknown
-        by, also = (
-            frozenset(frame[name].astype(str)) if name in frame else frozenset()
-            for name in (self.folds.by, self.folds.also)
-        )
-        keys = _Keys(own, Ladder(frame, self.classes), by, also)
-        self._known = [keys, *self._known[:3]]
-        return keys
-
-    def _leaks(self, run: FinishedRun, keys: _Keys) -> list[str]:
-        """List what it predicts and should not, and the other way round."""
-        held_out, problems = set(run.held_out), []
-        if keys.by and (leaked := keys.by - held_out):
-            problems.append(f"predicts {self.folds.by} {listing(leaked)}, which its fold {run.fold} trained on: a leak")
-        if keys.by and (unseen := held_out - keys.by):
-            problems.append(f"no predictions of {self.folds.by} {listing(unseen)}, which its fold {run.fold} holds out")
-        if shared := keys.also & set(run.trained_on_also):
-            problems.append(f"predicts {self.folds.also} {listing(shared)}, which it trained on: a leak")
-        return problems
