@@ -236,7 +236,10 @@ def save(figure: Figure, path: Path) -> bytes:
             figure.savefig(temporary, format="svg", bbox_inches=box, metadata={"Date": None})
         with ledger.replacing(path) as temporary:
             figure.savefig(temporary, format="png", bbox_inches=box, dpi=DPI)
-            return temporary.read_bytes()
+            png = temporary.read_bytes()
+    figure.clear()  # its parts refer to each other: else they stay until they are collected
+    FigureCanvasAgg(figure)
+    return png
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -43,7 +43,7 @@ class GrowingTables:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, tuple[Any, list[str]]] = {}
-        self._described: tuple[Ladder | None, dict[str, list[list[Any]]]] = (None, {})
+        self._described: tuple[Ladder | None, dict[str, list[tuple[Any, ...]]]] = (None, {})
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> GrowingTables:
@@ -64,8 +64,7 @@ class GrowingTables:
             described, calls, rank, probabilities = called_units(ladder, level, climbed[level])
             writer, columns = self._open.get(level) or self._begin(level, described, ladder.classes)
             if level not in self._described[1]:
-                rows = described.reindex(columns=columns).astype(object)
-                self._described[1][level] = rows.where(rows.notna(), "").to_numpy().tolist()
+                self._described[1][level] = [*zip(*(_written(described, name) for name in columns), strict=True)]
             parts = (part.tolist() for part in (calls, rank == 0, rank < 2, probabilities))
             writer.writerows(
                 (*model, *units, ladder.classes[call], right, near, *values)
@@ -80,6 +79,13 @@ class GrowingTables:
         writer.writerow(["network", "initialisation", *columns, *called])
         self._open[level] = (writer, columns)
         return self._open[level]
+
+
+def _written(table: pd.DataFrame, column: str) -> list[Any]:
+    """Values of a column, empty where there is none."""
+    if column not in table:
+        return [""] * len(table)
+    return ["" if lacks else value for value, lacks in zip(table[column], table[column].isna(), strict=True)]
 
 
 def named(model: Name, table: pd.DataFrame) -> pd.DataFrame:

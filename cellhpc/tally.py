@@ -63,35 +63,37 @@ class Predicted:
 
 
 class Tally:
-    """Right units of each level and compound, counted fold by fold."""
+    """Units of each level and compound that are right, right with the first two, and all, counted fold by fold."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, dict[str, list[int]]] = {}
+        self._row: dict[str, int] = {}
+        self._counts: dict[str, NDArray] = {}
         self._added: dict[str, int] = {}
 
     def add(self, ladder: Ladder, climbed: Mapping[str, Scored]) -> None:
         """Count the units of a fold, as `Ladder.climb` scored them."""
         codes, names = ladder.compounds
+        rows = [self._row.setdefault(name, len(self._row)) for name in names]
         scorable = ~ladder.table[UNKNOWN].to_numpy() if UNKNOWN in ladder.table else np.ones(len(codes), bool)
         for level, scored in climbed.items():
             first = ladder.units[level].first
             rank, own, asked = scored.rank(ladder.truth[first]), codes[first], scorable[first]
-            sets = (asked & (rank == 0), asked & (rank < 2), asked)
-            counts = [np.bincount(own[kept], minlength=len(names)).tolist() for kept in sets]
-            known = self._counts.setdefault(level, {})
-            for name, *new in zip(names, *counts, strict=True):
-                if new[-1]:
-                    before = known.get(name, (0, 0, 0))
-                    known[name] = [one + other for one, other in zip(before, new, strict=True)]
+            before = self._counts.get(level, np.zeros((0, 3), np.int64))
+            counts = np.zeros((len(self._row), 3), np.int64)
+            counts[: len(before)] = before
+            for at, kept in enumerate((asked & (rank == 0), asked & (rank < 2), asked)):
+                counts[rows, at] += np.bincount(own[kept], minlength=len(names))
+            self._counts[level] = counts
             self._added[level] = self._added.get(level, 0) + 1
 
     def levels(self) -> dict[str, dict[str, Any]]:
         """Score each level that all folds have: what `scores.entry` gives."""
         folds = max(self._added.values())
         found = {}
-        for level, known in self._counts.items():
+        for level, counts in self._counts.items():
             if self._added[level] == folds:
-                correct, top2, total = np.array([known[name] for name in sorted(known)], np.float64).T
+                rows = [row for _, row in sorted(self._row.items()) if row < len(counts) and counts[row, 2]]
+                correct, top2, total = counts[rows].T.astype(np.float64)
                 found[level] = scores.entry(correct, total, top2)
         return found
 
