@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -180,14 +181,17 @@ def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) ->
         for axes, level in zip(panels, ("treatment", "field", "tile"), strict=True):
             for model in models:
                 colour, line = line_of(model, models)
-                single = len(model["curves"]) == 2
+                seeds = []
                 for seed, curves in model["curves"].items():
                     accuracy = np.divide(curves[level]["correct"], curves[level]["total"])
                     epochs = np.arange(1, len(accuracy) + 1)
                     if seed == "all":
                         axes.plot(epochs, accuracy, color=colour, lw=2, ms=4.5, zorder=3, clip_on=False, **line)
-                    elif not single:
-                        axes.plot(epochs, accuracy, color=colour, lw=0.7, alpha=0.55, ls=line["ls"], zorder=2)
+                    else:
+                        seeds.append(np.column_stack([epochs, accuracy]))
+                if len(seeds) > 1:
+                    thin = LineCollection(seeds, colors=colour, lw=0.7, alpha=0.55, ls=[line["ls"]], zorder=2)
+                    axes.add_collection(thin, autolim=False)
             axes.axhline(1 / classes, color=GREY, lw=1, ls=(0, (1, 2)), zorder=1)
             axes.set_title(f"{level.capitalize()}s", loc="left")
             axes.set_xlabel("Epoch")
