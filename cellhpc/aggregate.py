@@ -50,7 +50,7 @@
     quality                       counts of fields, and those that stand out of their plate (`cellhpc.outliers.summary`)
     provenance, settings          versions, hosts, commits, submissions with their Slurm jobs; the resolved job file
 
-Predictions are read fold by fold and forgotten (see `cellhpc.tally`): time grows with the runs, memory does not.
+Predictions are read fold by fold and forgotten (see `cellhpc.counting`): time grows with the runs, memory does not.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def aggregate(
             "schema": SCHEMA,
             "version": metadata.version("cellhpc"),
             "study": job_name,
+            # Short, as there are thousands.
             "runs": {unit.name: ledger.digest(_identity(unit, folder)) for unit, folder in outputs.items()},
             "expected": sorted(unit.name for unit in units),
             "classes": list(classes),
@@ -318,9 +319,9 @@ def _cautions(asked: Asked, folds: Folds, conversion: Mapping[str, Any]) -> list
     else:
         sentences += caution_of_shared(asked.table(), folds.by)
     if folds.not_scorable:
-        count = sum(folds.not_scorable.values())
+        lacking = sum(folds.not_scorable.values())
         sentences.append(
-            f"{count} treatment(s) of {folds.by} {listing(folds.not_scorable, 40)} can't be scored: without their "
+            f"{lacking} treatment(s) of {folds.by} {listing(folds.not_scorable, 40)} can't be scored: without their "
             f"{folds.also}, their label is in no other {folds.by}, or alone."
         )
     if folds.also and folds.also not in asked.columns:

@@ -83,7 +83,13 @@ def count(
 
 
 class Asked:
-    """The treatments that were asked, by fold and batch; and that no well was asked in two folds."""
+    """The treatments that were asked, by fold and batch; and that no well was asked in two folds.
+
+    Attributes
+    ----------
+    columns
+        Names of the columns that the wells of any fold had.
+    """
 
     def __init__(self) -> None:
         self.columns: set[str] = set()

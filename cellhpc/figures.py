@@ -233,7 +233,7 @@ def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) ->
 
 
 def save(figure: Figure, path: Path) -> bytes:
-    """Write a figure as PNG, and as SVG beside it, each atomically; give the PNG's bytes."""
+    """Write a figure as PNG, and as SVG beside it, each atomically; give the PNG's bytes. The figure is empty then."""
     with mpl.rc_context(STYLE):
         box = figure.get_tightbbox().padded(0.12)  # inches; measured once for both
         with ledger.replacing(path.with_suffix(".svg")) as temporary:
@@ -242,7 +242,7 @@ def save(figure: Figure, path: Path) -> bytes:
             figure.savefig(temporary, format="png", bbox_inches=box, dpi=DPI)
             png = temporary.read_bytes()
     figure.clear()  # its parts refer to each other: else they stay until they are collected
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # the old one holds the pixels
     return png
 
 

@@ -296,10 +296,12 @@ def in_order(table: pd.DataFrame, level: str) -> pd.DataFrame:
 
 
 def _order(table: pd.DataFrame, level: str, rows: NDArray) -> NDArray:
-    """Order these rows of a table as the units of a level are: as `sort_values` does, which is slow for a few rows."""
+    """Give the positions among `rows` that sort them as the units of a level, int64; `sort_values` is slow."""
     keys = []
     for name in reversed([name for name in _ORDER.get(level, KEYS[level]) if name in table]):
-        codes, values = pd.factorize(table[name].to_numpy()[rows], sort=True)
+        column = table[name]
+        given = column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
+        codes, values = pd.factorize(given[rows], sort=True)
         keys.append(np.where(codes < 0, len(values), codes))  # what is not known comes last
     order: NDArray = np.lexsort(keys)
     return order

@@ -82,12 +82,12 @@ class Course:
         self._memory_mb: float | None = None
 
     def add(self, facts: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> None:
-        """Add what a `run.json` and the epochs of its `history.json` say.
+        """Add what a `run.json` and the epochs, at least one, of its `history.json` say.
 
         Raises
         ------
-        KeyError
-            Something is not in them; then nothing was added.
+        KeyError, TypeError, ValueError
+            Something is not in them, or no number; then nothing was added.
         """
         counts = [
             [[epoch["held_out"][level][of] for of in ("correct", "total")] for level in CURVES] for epoch in epochs
@@ -95,11 +95,13 @@ class Course:
         speeds = [float(epoch["images_per_s"]) for epoch in epochs[1:] or epochs]
         seconds = facts.get("seconds") or sum(epoch["seconds"] for epoch in epochs)
         searched = facts["search"]["seconds"] if facts.get("search") else 0.0
-        self._counts = _sum(self._counts, np.array(counts, np.int64).reshape(-1, len(CURVES), 2))
+        seconds, ranks = float(seconds + searched), int(facts.get("ranks", 1))
+        memory_mb = max(filter(None, (self._memory_mb, facts.get("memory_mb"))), default=None)
+        self._counts = _sum(self._counts, np.array(counts, np.int64))
         self._speeds.extend(speeds)
-        self._seconds += seconds + searched
-        self._ranks.add(int(facts.get("ranks", 1)))
-        self._memory_mb = max(filter(None, (self._memory_mb, facts.get("memory_mb"))), default=None)
+        self._seconds += seconds
+        self._ranks.add(ranks)
+        self._memory_mb = memory_mb
         self.runs += 1
 
     @classmethod
@@ -194,16 +196,16 @@ def read_runs(
     runs: list[FinishedRun] = []
     problems: list[str] = []
     courses: Courses = defaultdict(lambda: defaultdict(Course))
-    origin, shared = Origin(), _Shared()
+    origin, shared = Origin(), _Tuples()
     for unit, folder in outputs.items():
         try:
             facts = ledger.read_json(folder / "run.json")
             epochs = ledger.read_json(folder / "history.json")["epochs"]
             problems += [f"{unit.name}: {problem}" for problem in _problems_of(facts, epochs, classes, folds)]
             run = _kept(unit.name, folder, facts, len(epochs), shared)
-            if epochs:
+            if epochs:  # else that is named as a problem
                 courses[run.model][run.seed].add(facts, epochs)
-        except (OSError, DataError, ValueError, KeyError) as fault:
+        except (OSError, DataError, ValueError, KeyError, TypeError) as fault:
             problems.append(f"{unit.name}: {unreadable(fault)}")
             continue
         runs.append(run)
@@ -211,7 +213,7 @@ def read_runs(
     return runs, courses, origin, problems + _problems_between(runs, folds)
 
 
-class _Shared(dict[tuple[str, ...], tuple[str, ...]]):
+class _Tuples(dict[tuple[str, ...], tuple[str, ...]]):
     """One tuple for all that are equal: thousands of runs share a few."""
 
     def __call__(self, values: Iterable[Any]) -> tuple[str, ...]:
@@ -219,7 +221,7 @@ class _Shared(dict[tuple[str, ...], tuple[str, ...]]):
         return self.setdefault(found, found)
 
 
-def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: int, shared: _Shared) -> FinishedRun:
+def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: int, shared: _Tuples) -> FinishedRun:
     return FinishedRun(
         id=name,
         folder=folder,

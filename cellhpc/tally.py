@@ -63,11 +63,11 @@ class Predicted:
 
 
 class Tally:
-    """Units of each level and compound that are right, right with the first two, and all, counted fold by fold."""
+    """Units of each level and compound: right ones, those whose label is one of the first two, and all of them."""
 
     def __init__(self) -> None:
         self._row: dict[str, int] = {}
-        self._counts: dict[str, NDArray] = {}
+        self._counts: dict[str, NDArray] = {}  # of each level, int64 (compounds, [right, of the first two, all])
         self._added: dict[str, int] = {}
 
     def add(self, ladder: Ladder, climbed: Mapping[str, Scored]) -> None:
@@ -89,11 +89,11 @@ class Tally:
     def levels(self) -> dict[str, dict[str, Any]]:
         """Score each level that all folds have: what `scores.entry` gives."""
         folds = max(self._added.values())
-        found = {}
+        found, rows = {}, [row for _, row in sorted(self._row.items())]
         for level, counts in self._counts.items():
             if self._added[level] == folds:
-                rows = [row for _, row in sorted(self._row.items()) if row < len(counts) and counts[row, 2]]
-                correct, top2, total = counts[rows].T.astype(np.float64)
+                known = counts[rows]
+                correct, top2, total = known[known[:, 2] > 0].T.astype(np.float64)
                 found[level] = scores.entry(correct, total, top2)
         return found
 

@@ -141,10 +141,9 @@ def main() -> None:
     candidates, seeds = (LATER, 3) if parser.parse_args().later else (CANDIDATES, 1)
     tf.config.experimental.enable_op_determinism()
     job = load_job(JOB)
+    sizes = {job.sweep.tile_px or 224} | {own["tile_px"] for own in candidates.values() if "tile_px" in own}
     with tempfile.TemporaryDirectory() as folder:
-        plan = plan_conversion(
-            job.convert, read_screen(job.screen), (job.sweep.tile_px or 224, 160, 192, 224), Path(folder) / "store"
-        )
+        plan = plan_conversion(job.convert, read_screen(job.screen), tuple(sorted(sizes)), Path(folder) / "store")
         convert(plan)
         store = Store.open(plan.store)
         figures: dict[str, dict[str, Counts]] = {}
@@ -158,7 +157,7 @@ def main() -> None:
     chosen = {half: choice({name: halves[half] for name, halves in figures.items()}) for half in HALVES}
     for half, name in chosen.items():
         print(f"half {half} chooses: {name}")
-    print(json.dumps({"correct_total": figures, "chosen": chosen}))
+    print(json.dumps({"seeds": seeds, "correct_total": figures, "chosen": chosen}))
 
 
 if __name__ == "__main__":
