@@ -6,7 +6,7 @@
 - `scores.json`, described below and by the JSON Schema `cellhpc/scores.schema.json`;
 - `treatments.csv`, `compounds.csv`, `wells.csv`, `fields.csv`: call and probabilities of every unit and model (wells
   and fields fold by fold, as they are scored); `by_label.csv`, `comparisons.csv`; `p_values.csv` of conformal
-  prediction and `repeat.csv`, what to repeat in the lab;
+  prediction, `uncertainty.csv`, the entropies of every treatment, and `repeat.csv`, what to repeat in the lab;
 - `confusion-<model>.png|svg|csv` and `confusion.png|svg`, all models side by side;
 - `learning-curves.png|svg`; `reliability`, `conformal` and `rejection.png|svg` where there is enough for them;
 - `montage.png`, tiles by label, and `outliers.csv`, the fields that stand out of their plate (`cellhpc.outliers`);

@@ -3,6 +3,7 @@
 A checkpoint is one file of numbers (`checkpoint.npz`, never a pickle) in the folder of an attempt. It holds the weights
 and the optimiser, which are the same on all ranks; for each rank its own moving statistics, which differ within an
 epoch, and states of its dropout; and where the run is. Order of the tiles and augmentation follow from seed and step.
+The one before it is kept too, in case that it is damaged: every part of a file carries a checksum.
 
 What is written here is written by rank 0. A checkpoint is written by a thread while the steps go on, from a copy of the
 variables; what went wrong is told with the next thing that is written. When the ranks are to stop they wait for it:
@@ -16,7 +17,7 @@ import math
 import platform
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,8 @@ from cellhpc.curves import Curves
 from cellhpc.errors import DataError, UserError
 from cellhpc.ranks import Ranks
 
-CHECKPOINT = "checkpoint.npz"
+CHECKPOINT, BEFORE = "checkpoint.npz", "checkpoint-before.npz"
+"""The newest checkpoint of an attempt, and the one that it took the place of."""
 WEIGHTS = "weights.npz"
 """What a finished run keeps of its network, if it is asked to; `networks.set_weights` reads it."""
 FORMAT = 1
@@ -234,11 +236,15 @@ class Keeper:
         about |= {"progress": asdict(progress), "until_now": self._until_now()}
 
         def write() -> None:
+            newest = self._claimed.folder / CHECKPOINT
             with self._claimed.replacing(CHECKPOINT) as temporary:
                 _save(temporary, {"about": np.array(json.dumps(about)), **arrays})
-            # The newest of the earlier ones stays, in case that this one is damaged.
-            for folder in [folder for folder in self._claimed.earlier() if (folder / CHECKPOINT).exists()][1:]:
-                (folder / CHECKPOINT).unlink(missing_ok=True)
+                if newest.exists():
+                    newest.replace(newest.with_name(BEFORE))
+            # The one before it stays, in case that this one is damaged.
+            kept = [path for path in _places([self._claimed.folder, *self._claimed.earlier()]) if path.exists()]
+            for path in kept[2:]:
+                path.unlink(missing_ok=True)
 
         def begin() -> None:
             self._wait()
@@ -297,7 +303,8 @@ class Keeper:
             facts = {"attempt": attempt.name, "attempts": 1 + len(same), **self._until_now()}
             attempt.write_json("run.json", {**record(), **facts})
             attempt.publish(self.digest, host=platform.node())
-            (attempt.folder / CHECKPOINT).unlink(missing_ok=True)
+            for path in _places([attempt.folder]):
+                path.unlink(missing_ok=True)
 
         self.by_rank_0(write)
 
@@ -317,7 +324,7 @@ class Keeper:
 
     def _newest(self) -> tuple[Progress, dict[str, np.ndarray]]:
         """Read the newest good checkpoint of this run; without one, give its start and no arrays."""
-        for path in (folder / CHECKPOINT for folder in self._claimed.earlier()):
+        for path in _places(self._claimed.earlier()):
             try:
                 about, arrays = read_checkpoint(path)
                 if (about["format"], about["digest"], about["ranks"]) != (FORMAT, self.digest, self.ranks.size):
@@ -334,6 +341,11 @@ class Keeper:
             print(f"continued from {path}: epoch {progress.epoch}, {progress.step} steps", flush=True)
             return progress, arrays
         return Progress(), {}
+
+
+def _places(attempts: Iterable[Path]) -> list[Path]:
+    """List where checkpoints may lie in folders of attempts, the newest first, as the folders are."""
+    return [folder / name for folder in attempts for name in (CHECKPOINT, BEFORE)]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

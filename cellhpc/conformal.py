@@ -20,7 +20,7 @@ treatment itself, which crepes counts once, has the weight R of a compound, and 
 least common multiple of the numbers of treatments, up to `DRAWS`. Where that does not do, the draws are as balanced
 as they can be, those of high nonconformity first: p is then never below the formula's, and above it by less than 1 / R.
 
-`GUARANTEE` says what is promised, in words that stand beside the sets (split: Papadopoulos et al. 2002, ECML; across
+`GUARANTEES` say what is promised, in words that stand beside the sets (split: Papadopoulos et al. 2002, ECML; across
 folds: Vovk 2015, Ann Math Artif Intell 74 9-28; of a compound, one treatment at random: Lee, Barber & Willett).
 """
 
@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 from crepes import ConformalClassifier
@@ -40,14 +41,32 @@ ALPHAS = (0.2, 0.1, 0.05, 0.03)
 DRAWS = 840
 """Most draws: divisible by 1 to 8, so that p-values are exact for compounds of up to eight treatments."""
 
-GUARANTEE = (
-    "Every set comes from the other compounds alone. Where their probabilities and this compound's come from one model "
-    "that has seen none of them, a set holds the true label of a new compound's treatment with probability 1 - alpha "
-    "at least (split-conformal). Across folds that is not so: the networks that scored the other compounds were "
-    "trained with this one among their training compounds (cross-conformal). For a new compound, then, about "
-    "1 - 2 alpha is proven (Vovk 2015), although coverage is usually near 1 - alpha. "
-    "Over all compounds of one study, each ranked among the others, it is so by construction: what a model is worth "
-    "shows in the size of its sets."
+Split = Literal["compound", "shared", "unknown"]
+"""What the networks that scored a compound had seen of it: nothing; some of it, as with replicates or cell lines held
+out; or it is not known, as with tables from elsewhere."""
+_OTHERS = "Every set comes from the other compounds alone. "
+_RANKED = (
+    " Over all compounds of one study, each ranked among the others, coverage is so by construction: what a model is "
+    "worth shows in the size of its sets."
+)
+GUARANTEES: MappingProxyType[Split, str] = MappingProxyType(
+    {
+        "compound": _OTHERS
+        + "Where their probabilities and this compound's come from one model that has seen none of them, a set holds "
+        "the true label of a new compound's treatment with probability 1 - alpha at least (split-conformal). Across "
+        "folds that is not so: the networks that scored the other compounds were trained with this one among their "
+        "training compounds (cross-conformal). For a new compound, then, about 1 - 2 alpha is proven (Vovk 2015), "
+        "although coverage is usually near 1 - alpha." + _RANKED,
+        "shared": _OTHERS
+        + "But the networks that scored a compound had been trained with treatments or wells of the same compound: "
+        "nothing is promised for a new compound. The sets tell how well known compounds are told apart again."
+        + _RANKED,
+        "unknown": _OTHERS
+        + "Whether a network had seen the compound that it scores is not known here. If it had, nothing is promised "
+        "for a new compound. If none had, a set holds the true label of a new compound's treatment with probability "
+        "1 - alpha at least where all probabilities come from one network (split-conformal), and about 1 - 2 alpha is "
+        "proven where they come from those of several folds (cross-conformal; Vovk 2015)." + _RANKED,
+    }
 )
 
 
@@ -117,7 +136,12 @@ def p_values(
 
 
 def conformal(
-    marginal: NDArray, by_label: NDArray, truth: NDArray, compounds: NDArray, classes: Sequence[str]
+    marginal: NDArray,
+    by_label: NDArray,
+    truth: NDArray,
+    compounds: NDArray,
+    classes: Sequence[str],
+    split: Split = "unknown",
 ) -> dict[str, Any]:
     """Say how often sets hold the true label, and how large they are.
 
@@ -129,6 +153,8 @@ def conformal(
         As there.
     classes
         Names of the classes.
+    split
+        What the networks had seen of a compound that they scored.
 
     Returns
     -------
@@ -147,7 +173,7 @@ def conformal(
     )
     return {
         "unit": "compound",
-        "guarantee": GUARANTEE + by_label_words,
+        "guarantee": GUARANTEES[split] + by_label_words,
         "compounds": len(names),
         "finest_p": 1 / len(names),
         "marginal": [_sets(marginal, truth, alpha) for alpha in ALPHAS],

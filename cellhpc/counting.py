@@ -59,7 +59,7 @@ def count(
     of_folds: dict[str, dict[Name, list[FinishedRun]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         of_folds[run.fold][run.model].append(run)
-    models = {name: ModelTally(classes, how) for name in dict.fromkeys(run.model for run in runs)}
+    models = {name: ModelTally(classes, how, folds.by) for name in dict.fromkeys(run.model for run in runs)}
     asked = Asked()
     files = read_ahead(run for fold in sorted(of_folds) for own in of_folds[fold].values() for run in own)
     with GrowingTables(results) as tables, contextlib.closing(files):

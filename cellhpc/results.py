@@ -176,11 +176,12 @@ def write_results(
 def _tables(document: Mapping[str, Any], models: Mapping[Name, ModelTally]) -> dict[str, pd.DataFrame]:
     """Tables of all models together, by file name."""
     entries = {(entry["network"], entry["initialisation"]): entry for entry in document["models"]}
-    names = ("treatments.csv", "compounds.csv", "by_label.csv", "p_values.csv", "repeat.csv")
+    names = ("treatments.csv", "compounds.csv", "by_label.csv", "p_values.csv", "repeat.csv", "uncertainty.csv")
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
     for name, model in models.items():
         parts["p_values.csv"].append(named(name, model.assessment.p_values))
         parts["repeat.csv"].append(named(name, model.assessment.repeat))
+        parts["uncertainty.csv"].append(named(name, model.assessment.treatments))
         compounds = model.compounds
         parts["treatments.csv"].append(named(name, model.treatments))
         counts = pd.DataFrame(entries[name]["by_compound"]).rename(columns={"correct": "right", "total": "treatments"})

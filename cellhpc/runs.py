@@ -255,6 +255,9 @@ def _problems_of(
         yield f"fold {name} holds out {listing(held_out)}; folds.json: {listing(fold.held_out)}"
     if (unknown := facts["fold"].get("unknown", "")) != fold.unknown:
         yield f"fold {name} leaves out the label {unknown or 'none'}; folds.json: {fold.unknown or 'none'}"
+    for name in ("trained_on", *(["trained_on_also"] if folds.also else [])):
+        if name not in facts:
+            yield f"run.json does not say {name}: nobody can tell whether it was trained on what it predicts"
     if trained := held_out & set(facts.get("trained_on", ())):
         yield f"holds out {folds.by} {listing(trained)}, which it trained on: a leak"
     inner = set(fold.inner)

@@ -107,6 +107,8 @@ class ModelTally:
         Classes, in the order of the probabilities.
     how
         How they are combined.
+    by
+        What the folds hold out; empty where that is not known.
 
     Attributes
     ----------
@@ -114,8 +116,8 @@ class ModelTally:
         Counts of each seed.
     """
 
-    def __init__(self, classes: Sequence[str], how: How) -> None:
-        self.classes, self.how = tuple(classes), how
+    def __init__(self, classes: Sequence[str], how: How, by: str = "") -> None:
+        self.classes, self.how, self.by = tuple(classes), how, by
         self.seeds: dict[int, Tally] = {}
         self._whole = Tally()
         self._kept: dict[str, list[Called]] = {level: [] for level in KEPT}
@@ -204,7 +206,7 @@ class ModelTally:
         of_seeds = {seed for (seed, _), kept in zip(sorted(self._members), whole, strict=True) if kept}
         kind = "seeds" if not self._drawn else "seeds and dropout draws" if len(of_seeds) > 1 else "dropout draws"
         unknown = asked[UNKNOWN].to_numpy(dtype=bool) if UNKNOWN in asked else None
-        return assess(asked, self.classes, members[whole], kind, unknown)
+        return assess(asked, self.classes, members[whole], kind, unknown, self.by)
 
     def document(self) -> dict[str, Any]:
         """Score the model: the part of its entry in `scores.json` that is of predictions alone."""

@@ -27,7 +27,7 @@ from scipy.special import entr
 from sklearn.metrics import roc_auc_score
 
 from cellhpc.calibration import calibration, tempered
-from cellhpc.conformal import conformal, p_values
+from cellhpc.conformal import Split, conformal, p_values
 from cellhpc.scores import PREFIX
 
 REPEAT_ALPHA = 0.1
@@ -55,11 +55,16 @@ class Assessment:
     repeat
         Treatments to be repeated in the lab, the most uncertain first: the columns of `document["repeat"]`, with sets
         written as `a; b`.
+    treatments
+        One row a treatment, in the order of the table: `fold` (where there is one), `treatment`, `compound`, `label`,
+        `call`, `known` (whether its label was among those trained on), and in nats `entropy` and, where there are
+        members, `aleatoric` and `epistemic`.
     """
 
     document: dict[str, Any]
     p_values: pd.DataFrame
     repeat: pd.DataFrame
+    treatments: pd.DataFrame
 
 
 def assess(
@@ -68,6 +73,7 @@ def assess(
     members: NDArray | None = None,
     kind: str = "",
     unknown: NDArray | None = None,
+    by: str = "",
 ) -> Assessment:
     """Assess the uncertainty of one model.
 
@@ -85,6 +91,8 @@ def assess(
     unknown
         Which treatments are of a label that their fold's networks were never trained on, (treatments,) of bool. They
         count for nothing but `unknown`, and calibrate nothing.
+    by
+        What the folds held out, as `compound`; empty where that is not known.
 
     Returns
     -------
@@ -133,7 +141,9 @@ def assess(
         document["calibration"] = _calibration(values[known], truth[known], compounds[known], ~wrong[known])
         document["rejection"] = rejection(parts["entropy"][known], wrong[known])
     if marginal is not None and by_label is not None:
-        found = conformal(marginal[known], by_label[known], truth[known], compounds[known], classes)
+        found = conformal(
+            marginal[known], by_label[known], truth[known], compounds[known], classes, split_of(table, by)
+        )
         document["conformal"] = found
     if members is not None and known.any():
         means = {name: float(part[known].mean()) for name, part in parts.items()}
@@ -142,7 +152,25 @@ def assess(
     document["unknown"] = known_against_unknown(table, known, parts["entropy"], parts.get("epistemic"))
     written = pd.DataFrame(repeat, columns=_REPEAT)
     written["set"] = ["" if one is None else "; ".join(one) for one in written["set"]]
-    return Assessment(document, _p_table(table, classes, marginal, by_label), written)
+    units = _keys_of(table).assign(known=known, **parts)
+    return Assessment(document, _p_table(table, classes, marginal, by_label), written, units)
+
+
+def split_of(treatments: pd.DataFrame, by: str) -> Split:
+    """Say what the networks that scored a compound had seen of it.
+
+    Parameters
+    ----------
+    treatments
+        With the column `compound` and, where it is known, `fold`.
+    by
+        What the folds held out; empty where that is not known.
+    """
+    if by == "compound":
+        return "compound"
+    if "fold" not in treatments or treatments["fold"].nunique() < 2:
+        return "unknown"
+    return "shared" if (treatments.groupby("compound")["fold"].nunique() > 1).any() else "compound"
 
 
 def entropy(probabilities: NDArray) -> NDArray:
@@ -316,10 +344,14 @@ def _why(one: pd.Series, classes: list[str], values: NDArray, held: list[str] | 
     return why
 
 
+def _keys_of(table: pd.DataFrame) -> pd.DataFrame:
+    return table[[name for name in (*_KEYS, "call") if name in table]]
+
+
 def _p_table(
     table: pd.DataFrame, classes: list[str], marginal: NDArray | None, by_label: NDArray | None
 ) -> pd.DataFrame:
-    keys = table[[name for name in (*_KEYS, "call") if name in table]]
+    keys = _keys_of(table)
     names = [f"{how}_{name}" for how in ("marginal", "by_label") for name in classes]
     if marginal is None or by_label is None:
         return keys.iloc[:0].reindex(columns=[*keys.columns, *names])

@@ -25,7 +25,7 @@ RELIABILITY_CAPTION = (
 )
 CONFORMAL_CAPTION = (
     "Black: what is asked for, 1 - alpha. Bars: Wilson's 95 % interval over treatments. Sets come from the other "
-    "compounds;\nacross folds they are cross-conformal: about 1 - 2 alpha is proven."
+    "compounds;\nwhat is proven of them stands in scores.json and on the page."
 )
 REJECTION_CAPTION = (
     "The treatments of the highest entropy are set aside first. Thin: had the wrong calls been.\n"

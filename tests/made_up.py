@@ -118,6 +118,7 @@ def make_run(
         "folds_sha256": folds.sha256,
         "digest": digest,
         "classes": list(folds.classes),
+        "trained_on": sorted(set(folds.labels) - set(fold.held_out)),
         "ranks": 2,
         "seconds": 120.0,
         "memory_mb": 900.0,

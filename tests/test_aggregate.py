@@ -291,7 +291,7 @@ def test_files(made: Path) -> None:
     expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
     expected |= {f"confusion-ResNet50-{start}.csv" for start in ("imagenet", "xavier")}
     expected |= {"scores.json", "report.html", "treatments.csv", "wells.csv", "fields.csv", "done.json"}
-    expected |= {"compounds.csv", "by_label.csv", "comparisons.csv", "p_values.csv", "repeat.csv"}
+    expected |= {"compounds.csv", "by_label.csv", "comparisons.csv", "p_values.csv", "repeat.csv", "uncertainty.csv"}
     assert names == expected
     matrix = pd.read_csv(made / "results" / "confusion-ResNet50-xavier.csv", index_col="label")
     assert list(matrix.index) == list(matrix.columns) == list(CLASSES)

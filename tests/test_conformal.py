@@ -127,13 +127,26 @@ def test_the_finest_p_value_is_one_over_the_compounds() -> None:
     assert marginal[0, 0] == 1
     of_label = np.bincount(truth[np.unique(compounds, return_index=True)[1]])
     assert by_label[0, 1:] == pytest.approx(1 / (of_label[1:] + 1))
-    document = conformal.conformal(marginal, by_label, truth, compounds, "ABCD")
+    document = conformal.conformal(marginal, by_label, truth, compounds, "ABCD", "compound")
     assert (document["unit"], document["compounds"], document["finest_p"]) == ("compound", 38, 1 / 38)
     assert "about 1 - 2 alpha is proven (Vovk 2015)" in document["guarantee"]
     assert (
         f"there are 10 at most, so that at an alpha below {1 / 11:.3g} every set holds every label."
         in document["guarantee"]
     )
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("shared", "nothing is promised for a new compound. The sets tell"),
+        ("unknown", "Whether a network had seen the compound that it scores is not known here"),
+    ],
+)
+def test_nothing_is_promised_where_a_compound_may_have_been_trained_on(split: conformal.Split, said: str) -> None:
+    probabilities, truth, compounds = made_up()
+    values = conformal.p_values(probabilities, truth, compounds)
+    assert said in conformal.conformal(values, values, truth, compounds, "ABCD", split)["guarantee"]
 
 
 def test_over_a_whole_study_the_true_labels_p_values_are_ranks() -> None:
@@ -215,10 +228,10 @@ def last_is_covered(random: np.random.Generator, labels: NDArray) -> NDArray:
     return conformal.p_value(scores[tested], scores[others], compounds[others]) > np.array(conformal.ALPHAS)
 
 
-def assert_within_binomial_error(covered: NDArray) -> None:
+def assert_within_binomial_error(covered: NDArray, others: int = OTHERS) -> None:
     """Between 1 - alpha and what whole compounds allow, 1 / (K + 1) more, with an error of 1 in 1,000 at each end."""
     for count, alpha in zip(covered.sum(axis=0), conformal.ALPHAS, strict=True):
-        most = min(1 - alpha + 1 / (OTHERS + 1), 1)
+        most = min(1 - alpha + 1 / (others + 1), 1)
         assert binomtest(count, len(covered), 1 - alpha, alternative="less").pvalue > 1e-3, (alpha, count)
         assert binomtest(count, len(covered), most, alternative="greater").pvalue > 1e-3, (alpha, count)
 
@@ -260,3 +273,18 @@ def test_it_is_fast(compounds: int, largest: int, seconds: float) -> None:
     for by_label in (False, True):
         conformal.p_values(*data, by_label=by_label)
     assert time.process_time() - start < seconds
+
+
+def test_coverage_by_label_holds_for_each_among_compounds_of_all() -> None:
+    """As a study has it: labels that differ in how hard they are, each calibrated by its own compounds."""
+    random = np.random.default_rng(5)
+    labels, each = np.repeat([0, 1, 2], 20), 20
+    covered = np.empty((3, REPETITIONS, len(conformal.ALPHAS)), bool)
+    for repetition in range(REPETITIONS):
+        nonconformity, truth, compounds = exchangeable(random, labels)
+        values = conformal.p_values(1 - nonconformity, truth, compounds, by_label=True)
+        for label in range(3):
+            own = random.choice(np.flatnonzero(compounds == each * label))
+            covered[label, repetition] = values[own, label] > np.array(conformal.ALPHAS)
+    for found in covered:
+        assert_within_binomial_error(found, each - 1)

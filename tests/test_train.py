@@ -17,7 +17,7 @@ import pytest
 from cellhpc import checkpoint
 from cellhpc.aggregate import aggregate
 from cellhpc.attempts import Superseded, finished
-from cellhpc.checkpoint import CHECKPOINT, WEIGHTS, read_checkpoint
+from cellhpc.checkpoint import BEFORE, CHECKPOINT, WEIGHTS, read_checkpoint
 from cellhpc.errors import DataError, UserError
 from cellhpc.folds import plan_folds, write_folds
 from cellhpc.ledger import read_json, write_json
@@ -295,6 +295,32 @@ class TestInterruptions:
         assert watch.steps_done == 7
         train_run(trainer, run, folds, tmp_path / "whole")
         same_run(outputs(tmp_path / run.id), outputs(tmp_path / "whole" / run.id))
+
+    def test_a_torn_checkpoint_is_skipped_for_the_one_before_it(
+        self, trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        _, folds = small.data()
+        run = small.run(folds, MOBILENET)
+        unit = tmp_path / run.id
+
+        def cut() -> None:
+            raise PowerCut
+
+        with pytest.raises(PowerCut):  # in the first attempt: there is no earlier one
+            train_run(trainer, run, folds, tmp_path, small.After(7, cut, checkpoint_seconds=0))
+        torn, before = unit / "001" / CHECKPOINT, unit / "001" / BEFORE
+        where = [read_checkpoint(path)[0]["progress"] for path in (before, torn)]
+        assert (where[0]["epoch"], where[0]["step"]) < (where[1]["epoch"], where[1]["step"])
+        torn.write_bytes(torn.read_bytes()[:-1000])
+        watch = Watch()
+        train_run(trainer, run, folds, tmp_path, watch)
+        said = capsys.readouterr().out
+        assert f"{torn} is skipped: damaged: " in said
+        assert f"continued from {before}: epoch {where[0]['epoch']}, {where[0]['step']} steps" in said
+        assert watch.steps_done == 8 - 4 * (where[0]["epoch"] - 1) - where[0]["step"]
+        assert not list(unit.rglob("checkpoint*"))
+        train_run(trainer, run, folds, tmp_path / "whole")
+        same_run(outputs(tmp_path / "whole" / run.id), outputs(unit))
 
     def test_a_damaged_checkpoint_is_skipped_for_an_earlier_one_and_then_for_the_start(
         self, trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]

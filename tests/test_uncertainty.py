@@ -111,6 +111,20 @@ def test_the_document_is_made_of_the_parts(table: pd.DataFrame) -> None:
     assert found.p_values["treatment"].tolist() == table["treatment"].tolist()
     np.testing.assert_array_equal(found.p_values.filter(regex="^marginal_").to_numpy(), marginal)
     np.testing.assert_array_equal(found.p_values["by_label_Epithelial"], by_label[:, 2])
+    assert found.treatments["treatment"].tolist() == table["treatment"].tolist()
+    for name, part in parts.items():
+        np.testing.assert_array_equal(found.treatments[name], part)
+
+
+def test_what_networks_had_seen_of_a_compound_is_told_by_the_folds(table: pd.DataFrame) -> None:
+    by_compound = table.assign(fold=table["compound"])
+    replicates = table.assign(fold=[str(number % 2) for number in range(len(table))])
+    assert replicates.groupby("compound")["fold"].nunique().max() == 2
+    assert uncertainty.split_of(table, "") == "unknown"
+    assert uncertainty.split_of(by_compound, "") == "compound"
+    assert uncertainty.split_of(replicates, "replicate") == "shared"
+    assert uncertainty.split_of(replicates[replicates["fold"] == "0"], "replicate") == "unknown"
+    assert uncertainty.split_of(by_compound[by_compound["fold"] == "AZ-A"], "compound") == "compound"
 
 
 def test_what_to_repeat_is_ranked_with_reasons() -> None:
