@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from cellhpc import ledger, scores
 from cellhpc.aggregate import aggregate
@@ -340,10 +341,14 @@ def test_seeds_make_an_ensemble(tmp_path: Path) -> None:
     for seed, table in members.items():
         for level, at in scores.levels(table).items():
             assert model["by_seed"][str(seed)]["levels"][level]["correct"] == at["correct"]
+        own = model["curves"][str(seed)]["tile"]
+        assert (own["correct"][-1], own["total"][-1]) == (scores.levels(table)["tile"]["correct"], len(table))
     columns = [scores.PREFIX + name for name in CLASSES]
     mean = members[1].assign(**((members[1][columns] + members[3][columns]) / 2))
     assert model["levels"]["tile"]["correct"] == scores.levels(mean)["tile"]["correct"]
     assert model["curves"]["all"]["tile"]["total"][0] == 2 * len(mean)
+    assert (model["cost"]["runs"], model["cost"]["ranks"]) == (len(runs), [2])
+    assert model["cost"]["hours"] == pytest.approx(len(runs) * 120 / 3600)
 
 
 def test_missing_folds_are_in_the_headline(study: Path) -> None:
@@ -444,6 +449,17 @@ def test_draws_of_dropout_must_be_of_the_same_tiles(study: Path) -> None:
         again(study)
 
 
+def test_entropies_of_every_treatment_are_a_table(study: Path) -> None:
+    again(study)
+    found = pd.read_csv(study / "results" / "uncertainty.csv")
+    treatments = pd.read_csv(study / "results" / "treatments.csv")
+    assert found[["network", "initialisation", "treatment"]].equals(
+        treatments[["network", "initialisation", "treatment"]]
+    )
+    values = treatments[[scores.PREFIX + name for name in CLASSES]].to_numpy()
+    np.testing.assert_allclose(found["entropy"], stats.entropy(values, axis=1), atol=1e-7)
+
+
 def test_models_are_compared_over_compounds(made: Path) -> None:
     document = ledger.read_json(made / "results" / "scores.json")
     (pair,) = document["comparisons"]
@@ -507,6 +523,34 @@ class TestRefusals:
         ):
             assert any(line.startswith(f"{unit.name}: ") and words in line for line in caught.value.problems), text
         assert "cellhpc run JOB.toml" in text
+
+    @pytest.mark.parametrize(
+        ("file", "wrong"),
+        [
+            ("history.json", {"epochs": None}),
+            ("history.json", {"epochs": [{"images_per_s": None, "held_out": {}}]}),
+            ("run.json", {"seconds": "12"}),
+            ("run.json", {"ranks": "two"}),
+        ],
+    )
+    def test_records_that_hold_something_else(self, study: Path, file: str, wrong: dict[str, Any]) -> None:
+        path = outputs(units(study)[0]) / file
+        ledger.write_json(path, {**ledger.read_json(path), **wrong})
+        with pytest.raises(DataError, match=r"ResNet50_imagenet_s0_f00: can't be read: "):
+            again(study)
+
+    def test_a_run_that_does_not_say_what_it_was_trained_on(self, study: Path) -> None:
+        path = outputs(units(study)[0]) / "run.json"
+        facts = ledger.read_json(path)
+        del facts["trained_on"]
+        ledger.write_json(path, facts)
+        with pytest.raises(DataError, match=r"f00: run.json does not say trained_on: nobody can tell"):
+            again(study)
+
+    def test_a_compound_that_is_held_out_and_in_its_own_training(self, study: Path) -> None:
+        change(units(study)[0], trained_on=["AZ-A", "PP-2"])
+        with pytest.raises(DataError, match=r"f00: holds out compound AZ-A, which it trained on: a leak"):
+            again(study)
 
     def test_a_compound_that_was_trained_on(self, study: Path) -> None:
         first, second = units(study)[:2]
@@ -591,7 +635,25 @@ class TestRefusals:
             again(study)
 
 
-def test_a_reader_is_warned_of_compounds_on_both_sides_and_of_fields_set_aside(tmp_path: Path) -> None:
+def test_replicates_that_are_held_out_are_no_new_compounds(tmp_path: Path) -> None:
+    """Every treatment is asked once a fold, by networks that know its compound: named so, and nothing is promised."""
+    labels = {replicate: CLASSES for replicate in "123"}
+    folds = Folds("replicate", CLASSES, labels, (), tuple(Fold(one, (one,)) for one in labels))
+    write_folds(tmp_path / "folds.json", folds)
+    table = predictions()
+    for fold in folds.folds:
+        own = table[table["replicate"] == fold.name].reset_index(drop=True)
+        make_run(tmp_path / "runs" / f"r{fold.name}", own, "ResNet50", "imagenet", 0, fold, folds, epochs=2)
+    document = again(tmp_path)
+    (model,) = document["models"]
+    assert model["levels"]["treatment"]["total"] == 3 * 14
+    (caution,) = document["cautions"]
+    assert caution in document["headline"]
+    assert caution.startswith("What is held out is the replicate: the same compounds are in training, so this is not")
+    assert "nothing is promised for a new compound" in model["uncertainty"]["conformal"]["guarantee"]
+
+
+def test_a_reader_is_told_of_fields_set_aside(tmp_path: Path) -> None:
     study = tmp_path / "study"
     made = make_study(study)
     bad = {"plate": "P1", "well": "B02", "field": 1, "role": "treatment", "reason": "torn"}

@@ -174,6 +174,16 @@ def test_one_ladder_serves_every_model_of_the_same_rows(table: pd.DataFrame) -> 
         pd.testing.assert_frame_equal(treatments, levels.combine(other)["treatment"])
 
 
+def test_doses_that_have_an_order_keep_it_and_unknown_ones_come_last() -> None:
+    doses = pd.Categorical(["low", None, "high", "mid"], categories=["low", "mid", "high"], ordered=True)
+    rows = [("B02", 1, f"A {dose}", "P1", [0.5, 0.3, 0.2]) for dose in ("low", "none", "high", "mid")]
+    wells = by_hand([(f"B0{number}", *row[1:]) for number, row in enumerate(rows)])
+    found = levels.combine(wells.assign(concentration=doses))["treatment"]
+    assert found["treatment"].tolist() == ["A low", "A mid", "A high", "A none"]
+    found = levels.combine(wells.assign(concentration=[1.0, np.nan, 30.0, 5.0]))["treatment"]
+    assert found["treatment"].tolist() == ["A low", "A mid", "A high", "A none"]
+
+
 def test_an_unknown_rule_is_refused(table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="allowed: log, mean, median, vote"):
         levels.combine(table, "mode")  # type: ignore[arg-type]
