@@ -1,6 +1,6 @@
 """Trains one run whole, and the same run with interruptions, on as many ranks as the test starts.
 
-Usage: resume_program.py FOLDER whole|stopped|interrupted|rest... [SETTINGS]
+Usage: resume_program.py FOLDER whole|stopped|interrupted|rest|often... [SETTINGS]
 
 SETTINGS are more keys of `[train]`, as JSON.
 
@@ -8,6 +8,7 @@ SETTINGS are more keys of `[train]`, as JSON.
 - `interrupted`: stopped three times, by a rank each; superseded; the disk is full; then rank 1 is killed between two
   checkpoints.
 - `rest`: new processes do the rest.
+- `often`: so do these, and a checkpoint is due after every step.
 """
 
 from __future__ import annotations
@@ -100,4 +101,6 @@ with joined() as ranks:
             os._exit(0)
     if "rest" in parts:
         train_run(trainer, run, folds, folder, Watch(keep_weights=True))
+    if "often" in parts:
+        train_run(trainer, run, folds, folder, Watch(keep_weights=True, checkpoint_seconds=0.0))
 print("SAW " + json.dumps(seen))

@@ -3,9 +3,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellhpc import checkpoint
+from cellhpc import checkpoint, train
 from cellhpc.aggregate import aggregate
 from cellhpc.attempts import Superseded, finished
 from cellhpc.checkpoint import BEFORE, CHECKPOINT, WEIGHTS, read_checkpoint
@@ -179,6 +184,62 @@ class TestKeptWeights:
         assert finished(tmp_path / run.id) is None
 
 
+class TestWhatIsMinimised:
+    """Of a head that hardly moves on a backbone that stays: the loss of an epoch is that of its predictions."""
+
+    def trained(self, **more: Any) -> tuple[float, Trainer, np.ndarray]:
+        data, folds = small.data()
+        still = {"trained": "head", "batch_norm": "frozen", "learning_rate": 1e-12, "epochs": 1, "class_weights": False}
+        trainer = Trainer("VGG16", data, small.SETTINGS.model_copy(update={**still, **more}), OneRank())
+        run = small.run(folds, "VGG16")
+        history, _ = trainer.fit(run, folds)
+        return history[0]["loss"], trainer, np.flatnonzero(folds.training(data.tiles, run.fold))
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_label_smoothing_shares_the_target_out(self, smoothing: float) -> None:
+        loss, trainer, training = self.trained(label_smoothing=smoothing)
+        assert len(training) % trainer.settings.batch_size == 0  # every tile once
+        predicted = trainer.predictor.predict(training).filter(like="p_").to_numpy()
+        assert predicted.std() > 0.01
+        targets = np.eye(3)[trainer.data.targets[training]] * (1 - smoothing) + smoothing / 3
+        assert loss == pytest.approx(-(targets * np.log(predicted)).sum(axis=1).mean(), rel=1e-4)
+
+    def test_dropout_hides_features_from_the_head_while_it_learns_and_not_after(self) -> None:
+        loss, trainer, training = self.trained(dropout=0.5)
+        predicted = trainer.predictor.predict(training)
+        pd.testing.assert_frame_equal(predicted, trainer.predictor.predict(training), check_exact=True)
+        targets = np.eye(3)[trainer.data.targets[training]]
+        of_all_features = -(targets * np.log(predicted.filter(like="p_").to_numpy())).sum(axis=1).mean()
+        assert abs(loss - of_all_features) > 1e-3
+
+
+def test_an_epoch_tells_how_long_its_steps_waited_for_data(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folds = small.data()
+    run = small.run(folds, MOBILENET)
+    trainer.fit(run, folds)
+    quick, _ = trainer.fit(run, folds)
+    feed = train.feed
+
+    @contextmanager
+    def slow(*given: Any) -> Iterator[Iterator[np.ndarray]]:
+        def late(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            for batch in batches:
+                time.sleep(0.2)
+                yield batch
+
+        with feed(*given) as batches:
+            yield late(batches)
+
+    monkeypatch.setattr(train, "feed", slow)
+    starved, _ = trainer.fit(run, folds)
+    for epoch, other in zip(quick, starved, strict=True):
+        assert other["waiting_for_data"] * other["seconds"] >= 4 * 0.2
+        assert epoch["waiting_for_data"] < other["waiting_for_data"] < 1
+        assert other["images_per_s"] == pytest.approx(64 / other["seconds"])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        assert 0.5 * peak < other["memory_mb"] <= peak
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where() -> None:
     data, folds = small.data()
     settings = small.SETTINGS.model_copy(update={"learning_rate": 1e30})
@@ -208,6 +269,22 @@ class TestInterruptions:
         assert record["seconds"] > 0
         assert {path.name for path in (tmp_path / "parts" / run.id).iterdir()} == {"004", "done.json"}
         assert not (parts / CHECKPOINT).exists()
+
+    def test_a_process_that_is_killed_at_any_moment_goes_on(self, tmp_path: Path) -> None:
+        """Checkpoints are due all the time: some are under way when the kill -9 comes."""
+        unit, more = tmp_path / small.run(small.data()[1], MOBILENET).id, json.dumps({"epochs": 12})
+        random = np.random.default_rng(0)
+        for attempt in range(1, 4):
+            program = Path(__file__).with_name("resume_program.py")
+            with subprocess.Popen([sys.executable, str(program), str(tmp_path), "often", more]) as process:
+                wait_until((unit / f"{attempt:03d}" / CHECKPOINT).exists, 120)
+                time.sleep(random.uniform(0, 0.1))
+                process.kill()
+            assert process.returncode == -signal.SIGKILL
+            assert finished(unit) is None
+        start_ranks("resume_program.py", 1, tmp_path / "meeting", tmp_path, "whole", "often", more)
+        same_run(outputs(tmp_path / "whole"), outputs(unit))
+        assert read_json(outputs(unit) / "run.json")["interruptions"] == 3
 
     def test_two_ranks_go_through_stops_and_a_kill(self, tmp_path: Path) -> None:
         """Ranks 1, 0, 1 are told; rank 0 is superseded, then can't write; rank 1 is killed: none waits for another."""
@@ -402,6 +479,11 @@ def test_two_ranks_have_equal_weights_after_every_epoch(tmp_path: Path) -> None:
     assert all(own != other for own, other in zip(first["own"], second["own"], strict=True))  # moving statistics
     assert first["steps"] == second["steps"] == [4, 4, 4]
     assert first["probabilities"] == second["probabilities"]
+    scaled, _ = start_ranks(
+        "train_program.py", 2, tmp_path / "scaled", MOBILENET, 32, 16, 3, 8, 0.005, '{"scale_learning_rate": true}'
+    )
+    assert scaled["learning_rates"] == first["learning_rates"] == pytest.approx([0.01] * 3)
+    assert scaled["probabilities"] == first["probabilities"]
 
 
 def test_two_ranks_at_half_the_batch_follow_one_rank_without_batch_statistics(tmp_path: Path) -> None:

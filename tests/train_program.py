@@ -57,6 +57,7 @@ with joined() as ranks:
         "checksums": trainer.checksums,
         "losses": [epoch["loss"] for epoch in history],
         "steps": [epoch["steps"] for epoch in history],
+        "learning_rates": [epoch["learning_rate"] for epoch in history],
         "probabilities": predictions.filter(like="p_").to_numpy().tolist(),
         "tiles": len(predictions),
     }
