@@ -42,7 +42,8 @@
       name, networks, initialisation, treatment.{correct, ...}, wrong[]
     search[]                      with a `[search]`: what each run chose, and on what
       network, initialisation, seed, fold, values                           `values` as in `[search]`
-      log_probability, fields.{correct, total}, inner, diverged             of inner compounds; candidates that diverged
+      log_probability, fields.{correct, total, by_epoch}, inner             of inner compounds
+      diverged                                                              candidates whose loss was not finite
     baselines.{chance, majority, batch_only}      of treatments; null while folds are missing, and with `folds.also`
     baselines.table[]             the same as rows, and those of `cellhpc.baselines` where there is a store
       name, words, correct, total, accuracy, wilson95, not_scorable

@@ -176,9 +176,10 @@ def _asked(unit: Path, run: Run, by: str) -> dict[str, Any]:
     facts = read_json(folder / "run.json")
     predictions = pd.read_parquet(folder / PREDICTIONS)
     fields = combine(predictions, "mean")["field"]
+    by_epoch = [epoch["held_out"]["field"]["correct"] for epoch in read_json(folder / "history.json")["epochs"]]
     return {
         "log_probability": log_probability(predictions, by),
-        "fields": {"correct": int(fields["correct"].sum()), "total": len(fields)},
+        "fields": {"correct": int(fields["correct"].sum()), "total": len(fields), "by_epoch": by_epoch},
         "trained_on": facts["trained_on"],
         "asked": sorted(set(predictions[by].astype(str))),
         "seconds": facts["seconds"],

@@ -149,7 +149,7 @@ class TestSearch:
         for number, unit in enumerate(runs):
             name = ledger.read_json(outputs(unit) / "run.json")["fold"]["name"]
             epochs = 3 if number else 2
-            figures = {"log_probability": -0.5, "fields": {"correct": 3, "total": 4}}
+            figures = {"log_probability": -0.5, "fields": {"correct": 3, "total": 4, "by_epoch": [1, 3]}}
             candidates = [
                 {"name": "c00", "values": {"epochs": 2}, **figures},
                 {"name": "c01", "values": {"epochs": 3}, **figures},
@@ -171,12 +171,17 @@ class TestSearch:
         assert violations(ledger.read_json(searched / "results" / "scores.json"), schema, schema) == []
         assert [run["values"]["epochs"] for run in document["search"]] == [2] + [3] * (len(COMPOUNDS) - 1)
         first = document["search"][0]
-        assert (first["log_probability"], first["fields"]) == (-0.5, {"correct": 3, "total": 4})
+        assert (first["log_probability"], first["fields"]) == (-0.5, {"correct": 3, "total": 4, "by_epoch": [1, 3]})
         assert first["diverged"] == [{"epochs": 9}]
         (model,) = document["models"]
         assert model["cost"]["hours"] == pytest.approx(len(COMPOUNDS) * (120 + 60) / 3600)
         page = (searched / "results" / "report.html").read_text()
-        for words in ("Settings that were chosen", f'<td class="n">1 of {len(COMPOUNDS)}</td>', "diverged: epochs = 9"):
+        for words in (
+            "Settings that were chosen",
+            f'<td class="n">1 of {len(COMPOUNDS)}</td>',
+            "diverged: epochs = 9",
+            "<td>1 3</td>",
+        ):
             assert words in page
 
     def test_a_run_that_chose_fewer_epochs_stays_at_its_last_in_the_curves(self, searched: Path) -> None:

@@ -156,6 +156,9 @@ def test_the_record_says_what_was_chosen_and_on_what(whole: Path, folds: Folds) 
         table = predictions(unit)
         right = table.groupby("field")["compound"].nunique()
         assert one["fields"]["total"] == int(right.sum())
+        epochs = read_json(outputs(unit) / "history.json")["epochs"]
+        assert one["fields"]["by_epoch"] == [epoch["held_out"]["field"]["correct"] for epoch in epochs]
+        assert one["fields"]["by_epoch"][-1] == one["fields"]["correct"]
         assert set(table["compound"]) == set(fold.inner)
         assert not set(read_json(outputs(unit) / "run.json")["trained_on"]) & {*fold.inner, *fold.held_out}
         assert not (outputs(unit) / "weights.npz").exists()

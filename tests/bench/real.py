@@ -5,12 +5,16 @@ Three studies of jobs/bbbc021_subset.toml, which train from the given weights an
 - compound: each compound is left out, three seeds;
 - week: each compound is left out together with all of its week (`folds.also = "batch"`), three seeds. Treatments whose
   mechanism then is in no other compound can't be scored: they are counted and named;
-- xavier: as `compound`, from random weights, one seed.
+- xavier: as `compound`, from random weights, one seed;
+- other: as `compound`, with `OTHER`.
 
-Beside them what fixed features of the same weights reach (`tests/bench/features.py`). Nothing is chosen here:
-`tests/bench/inner_choice.py` tells how the preset was chosen, among how many settings, on inner compounds. Two runs
-are trained side by side on two cores. What is interrupted goes on when the same is typed again: it lies in `--folder`.
-Needs CELLHPC_DATA.
+Nothing is chosen here. `tests/bench/inner_choice.py` tells how the preset was chosen, among how many settings, on
+inner compounds: but the compounds of each half are held out too, and so the preset had seen half of them in the
+choice. `crossed` is without that: folds that hold out a compound of half B are those of the preset, which half A
+chooses, and folds of half A are those of `OTHER`, which half B chooses.
+
+Beside them what fixed features of the same weights reach (`tests/bench/features.py`). Two runs are trained side by side
+on two cores. What is interrupted goes on when the same is typed again: it lies in `--folder`. Needs CELLHPC_DATA.
 """
 
 from __future__ import annotations
@@ -26,17 +30,26 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import pandas as pd
+from inner_choice import HALVES
+
+from cellhpc.attempts import finished
 from cellhpc.backbone import choose_source
 from cellhpc.convert import convert, plan_conversion
 from cellhpc.drive import run_study
 from cellhpc.features import write_features
+from cellhpc.ledger import read_json
+from cellhpc.levels import average_tables
 from cellhpc.profiles import baseline
+from cellhpc.scores import levels
 from cellhpc.screens import read_screen
 from cellhpc.settings import Job, load_job
 
 JOB = Path(__file__).parents[2] / "jobs" / "bbbc021_subset.toml"
 FEATURES_PX = 224
 LEVELS = ("treatment", "field")
+OTHER = ("sweep.tile_px=160", "train.epochs=6")
+"""What half B chooses."""
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -44,7 +57,12 @@ def studies(folder: Path, seeds: int) -> dict[str, Job]:
     """The job of each study; all but what is said here is the job file's."""
     pretrained, xavier = load_job(JOB).sweep.weights
     many, one = list(range(seeds)), [0]
-    kinds = {"compound": (pretrained, many, ""), "week": (pretrained, many, "batch"), "xavier": (xavier, one, "")}
+    kinds: dict[str, tuple[str, list[int], str, tuple[str, ...]]] = {
+        "compound": (pretrained, many, "", ()),
+        "week": (pretrained, many, "batch", ()),
+        "xavier": (xavier, one, "", ()),
+        "other": (pretrained, many, "", (f"convert.store={folder / 'store_other'}", *OTHER)),
+    }
     return {
         name: load_job(
             JOB,
@@ -57,19 +75,18 @@ def studies(folder: Path, seeds: int) -> dict[str, Job]:
                 f"sweep.seeds={given}",
                 "sweep.ranks=1",
                 f"sweep.parallel_jobs={CORES}",
+                *more,
             ],
         )
-        for name, (weights, given, also) in kinds.items()
+        for name, (weights, given, also, more) in kinds.items()
     }
 
 
 def counted(at: dict[str, Any]) -> str:
-    """Write a level of `scores.json`: counts, share, Wilson's interval, and the bootstrap over compounds."""
-    (low, high), compounds = at["wilson95"], at["bootstrap95"]
-    return (
-        f"{at['correct']}/{at['total']} = {100 * at['accuracy']:.1f} % "
-        f"[{100 * low:.1f} to {100 * high:.1f}; {100 * compounds[0]:.1f} to {100 * compounds[1]:.1f}]"
-    )
+    """Write a level of `scores.json`: counts, share, Wilson's interval, and the bootstrap over compounds if it has."""
+    ends = [at[name] for name in ("wilson95", "bootstrap95") if name in at]
+    intervals = [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in ends]
+    return f"{at['correct']}/{at['total']} = {100 * at['accuracy']:.1f} % [{'; '.join(intervals)}]"
 
 
 def show(name: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +113,32 @@ def show(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def predictions(folder: Path, half: str) -> dict[int, pd.DataFrame]:
+    """Predictions of the runs of a study that hold out a compound of a half, by seed."""
+    found: dict[int, list[pd.DataFrame]] = {}
+    for unit in sorted((folder / "runs").iterdir()):
+        outputs = finished(unit)
+        assert outputs is not None
+        record = read_json(outputs / "run.json")
+        if record["fold"]["name"] in HALVES[half]:
+            found.setdefault(record["seed"], []).append(pd.read_parquet(outputs / "predictions.parquet"))
+    return {seed: pd.concat(tables, ignore_index=True) for seed, tables in found.items()}
+
+
+def crossed(folder: Path) -> dict[str, Any]:
+    """Count what is right where no compound had a part in the choice of the settings that it is asked with."""
+    halves = predictions(folder / "other", "A"), predictions(folder / "compound", "B")
+    seeds = {seed: pd.concat([half[seed] for half in halves], ignore_index=True) for seed in halves[0]}
+    of_seeds = {seed: levels(table) for seed, table in seeds.items()}
+    together = levels(average_tables([*seeds.values()]))
+    for name, at in (*((f"seed {seed:5}", at) for seed, at in of_seeds.items()), (f"{'ensemble':10}", together)):
+        print(f"{'crossed':10} {name} " + "   ".join(counted(at[level]) for level in LEVELS))
+    return {
+        level: {"by_seed": [at[level]["correct"] for at in of_seeds.values()], "ensemble": together[level]}
+        for level in LEVELS
+    }
+
+
 def frozen(job: Job, folder: Path) -> dict[str, Any]:
     """Score logistic regression on features of the same weights, which are not trained any further."""
     plan = plan_conversion(job.convert, read_screen(job.screen), (FEATURES_PX,), folder / f"store_{FEATURES_PX}")
@@ -116,7 +159,7 @@ def stop(number: int, _: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("studies/real"), help="where the studies lie, and go on")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, stop)
     began = time.perf_counter()
@@ -128,18 +171,19 @@ def main() -> None:
         scores[name] = document
     print(f"{'left out':10} {'':10} treatments, and fields: right [Wilson 95 %; bootstrap over compounds 95 %]")
     found: dict[str, Any] = {name: show(name, document) for name, document in scores.items()}
+    found["crossed"] = crossed(given.folder.absolute())
     features = frozen(jobs["compound"], given.folder.absolute())
-    for left_out, levels in features.items():
+    for left_out, at in features.items():
         print(f"{'features':10} {left_out.removeprefix('compound_and_'):10} "
-              + "   ".join(counted(levels[level]) for level in LEVELS))  # fmt: skip
+              + "   ".join(counted(at[level]) for level in LEVELS))  # fmt: skip
     print("right of seed 0 after each epoch, the compound left out (nothing is chosen by it)")
     for level in LEVELS:
         for name in ("compound", "xavier"):
             print(f"{name:10} {level:10} " + " ".join(f"{right:3}" for right in found[name][level]["by_epoch"]["0"]))
     seconds = time.perf_counter() - began
-    hours = sum(study["cost"]["hours"] for study in found.values())
-    runs = sum(study["cost"]["runs"] for study in found.values())
-    print(f"{runs} runs of {jobs['compound'].train.epochs} epochs: {60 * hours:.0f} minutes of one core; "
+    hours = sum(document["models"][0]["cost"]["hours"] for document in scores.values())
+    runs = sum(document["models"][0]["cost"]["runs"] for document in scores.values())
+    print(f"{runs} runs: {60 * hours:.0f} minutes of one core; "
           f"this call took {seconds / 60:.1f} minutes on {CORES} cores")  # fmt: skip
     print(json.dumps({"bench": "real", "cores": CORES, "seconds": seconds, **found, "features": features}))
 
