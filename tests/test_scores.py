@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from statsmodels.stats.proportion import proportion_confint
 
 from cellhpc import scores
+from tests.every_draw import exact_interval
 from tests.made_up import CLASSES, predictions
 
 COLUMNS = [scores.PREFIX + name for name in CLASSES]
@@ -84,8 +85,10 @@ def test_macro_accuracy_is_scikit_learns_balanced_one(table: pd.DataFrame) -> No
     assert (macro["label"]["of"], macro["compound"]["of"]) == (3, len(by_compound))
     scipys = stats.bootstrap((by_compound.to_numpy(),), np.mean, method="percentile", rng=np.random.default_rng(1))
     np.testing.assert_allclose(macro["compound"]["bootstrap95"], scipys.confidence_interval, atol=0.05)
-    low, high = macro["label"]["bootstrap95"]
-    assert low <= expected <= high
+    exact = exact_interval(
+        treatments, lambda drawn: float(drawn["correct"].groupby(drawn["label"].to_numpy()).mean().mean())
+    )
+    np.testing.assert_allclose(macro["label"]["bootstrap95"], exact, atol=0.02)
     assert scores.macro(treatments[treatments["compound"] == "PP-2"])["label"]["bootstrap95"] is None
 
 
@@ -126,8 +129,9 @@ def test_bootstrap_draws_whole_compounds() -> None:
     low, high = scores.bootstrap_over_compounds(table) or pytest.fail("no interval")
     assert [low, high] == scores.bootstrap_over_compounds(table)
     shares = (np.array([*right.values()], dtype=float),)
-    scipys = stats.bootstrap(shares, np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(1))
-    np.testing.assert_allclose([low, high], scipys.confidence_interval, atol=0.13)
+    scipys = stats.bootstrap(shares, np.mean, method="percentile", n_resamples=99_999, rng=np.random.default_rng(1))
+    np.testing.assert_allclose([low, high], scipys.confidence_interval)  # in eighths
+    np.testing.assert_allclose([low, high], stats.binom.ppf([0.025, 0.975], 8, 6 / 8) / 8)
     wilson = scores.accuracy(24, 32)["wilson95"]
     assert high - low > wilson[1] - wilson[0]
 
