@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurm.cluster import LocalCluster
+from tests.installing import install, may_install
 
 INSTALL = Path(__file__).parents[1] / "slurm" / "install.sh"
 
@@ -22,13 +19,10 @@ def require_slurm(accounting: bool = False, root: bool = True) -> None:
     """Skip the test, with the reason, where no local cluster can run; in CI on Debian, install Slurm instead."""
     if root and os.geteuid() != 0:
         pytest.skip("nodes that are hosts of their own need root")
-    in_ci = os.environ.get("CI") == "true" and os.geteuid() == 0 and bool(shutil.which("apt-get"))
-    if LocalCluster.can_run(accounting) and in_ci:
-        with (Path(tempfile.gettempdir()) / "cellhpc-tests-install.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes, and apt in one
-            subprocess.run([INSTALL, *["--accounting"] * accounting], check=True, timeout=540)
+    if LocalCluster.can_run(accounting) and may_install():
+        install(INSTALL, *["--accounting"] * accounting)
     if reason := LocalCluster.can_run(accounting):
-        (pytest.fail if in_ci else pytest.skip)(reason)
+        (pytest.fail if may_install() else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,11 @@ def test_what_is_missing_and_all_numbers_are_said(page: str, scores: dict[str, A
 def test_provenance_is_on_the_page(page: str, scores: dict[str, Any]) -> None:
     for words in (scores["folds"]["sha256"], "0123456789abcdef", "numpy 2.0.2", "node1", "train.batch_size"):
         assert words in page
+    for model in scores["models"]:
+        cost = model["cost"]
+        row = f'<td>{", ".join(map(str, model["seeds"]))}</td><td>2</td><td class="n">{cost["hours"]:.2f}</td>'
+        assert row in page
+        assert f'<td class="n">{cost["images_per_s"]:.0f}</td><td class="n">0.9</td>' in page
 
 
 def test_a_page_of_one_seed_without_settings(scores: dict[str, Any]) -> None:

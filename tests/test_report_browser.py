@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from cellhpc.aggregate import aggregate
 from cellhpc.report import render_report
+from tests.installing import install, may_install
+from tests.made_up import CLASSES, make_study
 from tests.made_up_scores import make_scores
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to try the page in")
 
 INDEX = "#compounds table.sortable"
 
@@ -46,10 +50,20 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def find_chromium() -> str | None:
+    """Where Chromium, or Chrome, is here."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    if find_chromium() is None and may_install():
+        apt = "apt-get install -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 chromium"
+        install("bash", "-c", f"apt-get update -q; {apt}")  # lists that are a little old will do
+    if find_chromium() is None:
+        pytest.skip("there is no Chromium to try the page in")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -59,7 +73,7 @@ def browse(chromium: Any, file: Path) -> Iterator[Any]:
     """Open the page, offline; with a width, and with script or without."""
     contexts = []
 
-    def opened(width: int = 1280, script: bool = True, anchor: str = "") -> Browsed:
+    def opened(width: int = 1280, script: bool = True, anchor: str = "", of: Path = file) -> Browsed:
         context = chromium.new_context(
             viewport={"width": width, "height": 900}, java_script_enabled=script, offline=True
         )
@@ -68,7 +82,7 @@ def browse(chromium: Any, file: Path) -> Iterator[Any]:
         browsed.page.on("request", lambda request: browsed.asked.append(request.url))
         browsed.page.on("console", lambda message: browsed.said.append(message.text))
         browsed.page.on("pageerror", lambda fault: browsed.said.append(str(fault)))
-        browsed.page.goto(f"file://{file}{anchor}")
+        browsed.page.goto(f"file://{of}{anchor}")
         return browsed
 
     yield opened
@@ -87,6 +101,21 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(browse: Any, file: P
     assert [url for url in browsed.asked if not url.startswith("data:")] == [f"file://{file}"]
     assert browsed.said == []
     assert file.stat().st_size < 5_000_000
+
+
+def test_what_an_aggregation_wrote_is_shown_as_it_is(browse: Any, tmp_path: Path) -> None:
+    document = aggregate(tmp_path, "made-up", make_study(tmp_path), CLASSES)
+    written = tmp_path / "results" / "report.html"
+    browsed = browse(of=written)
+    shown = browsed.page.inner_text("body")
+    for model in document["models"]:
+        at = model["levels"]["treatment"]
+        assert f"{at['correct']}/{at['total']}" in shown
+    assert [url for url in browsed.asked if not url.startswith("data:")] == [f"file://{written}"]
+    assert browsed.said == []
+    picture = Image.open(io.BytesIO(browsed.page.screenshot(path=tmp_path / "report.png", full_page=True)))
+    assert picture.width == 1280
+    assert len(np.unique(np.asarray(picture.convert("RGB").resize((64, 64))).reshape(-1, 3), axis=0)) > 100
 
 
 @pytest.mark.parametrize("width", [1280, 390])

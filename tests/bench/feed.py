@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,30 @@ def timed(work: Callable[[], object], before: Callable[[], object] = lambda: Non
     return min(seconds)
 
 
+def beside(work: Callable[[], object]) -> float:
+    """Speed of a plain Python loop while another thread works, of its speed alone: near a half if that held the GIL."""
+
+    def loop(seconds: float = 1.0) -> int:
+        until, turns = time.perf_counter() + seconds, 0
+        while time.perf_counter() < until:
+            turns += 1
+        return turns
+
+    over = threading.Event()
+
+    def again() -> None:
+        while not over.is_set():
+            work()
+
+    alone = loop()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(again)
+        share = loop() / alone
+        over.set()
+        working.result()
+    return share
+
+
 def compare(shards: Shards) -> dict[str, Any]:
     tiles = shards.shape[0]
     held, batch = np.empty(shards.shape, np.uint8), np.empty((BATCH, *TILE), np.uint8)
@@ -137,11 +162,14 @@ def compare(shards: Shards) -> dict[str, Any]:
         print(f"{name:14} {speed:9,.0f} {speed * np.prod(TILE) / 1e6:8,.0f}")
     of_the_loop = {"shards": speeds["shards"] / speeds["loop"], "cold": speeds["shards, cold"] / speeds["loop, cold"]}
     print(f"of the loop: shards {of_the_loop['shards']:.0%}, cold {of_the_loop['cold']:.0%}")
+    batch_of_one = np.empty((1, *TILE), np.uint8)
+    free = beside(lambda: [shards.decode(np.array([tile]), batch_of_one) for tile in range(tiles)])
+    print(f"a Python loop runs at {free:.0%} of its speed beside one thread that decodes")
     waiting = {}
     for name, pixels in (("memory", held), ("shards", shards)):
         waiting[name] = epoch(pixels, step_seconds=2 * BATCH / speeds["loop"])
         print(f"a network half as fast as the loop waits {waiting[name]:.1%} of its time: {name}")
-    return {"tiles_per_s": speeds, "of_the_loop": of_the_loop, "waiting": waiting}
+    return {"tiles_per_s": speeds, "of_the_loop": of_the_loop, "python_beside": free, "waiting": waiting}
 
 
 def peak_mb() -> float:
