@@ -237,11 +237,13 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, raw: Path, 
     job = job_file(tmp_path, raw)
     told = cellhpc("run", job, "--dry-run")
     assert told.returncode == 0, told.stderr
-    for part in ("72 fields", "288 tiles", "folds   6", "runs    6", "steps   180", "Nothing has been written"):
+    said = ("72 fields", "288 tiles", "folds   6", "runs    6", "steps   180", "memory  of tiles on a host ")
+    for part in (*said, "Nothing has been written"):
         assert part in told.stdout
     facts = json.loads(cellhpc("run", job, "--dry-run", "--json").stdout)
     assert facts["training"]["steps_missing"] == 180  # 60 fields of 4 tiles in batches of 16, 2 epochs, 6 runs
     assert facts["conversion"]["bytes_in"] > 72 * 3 * 64 * 80 * 2
+    assert 0 < facts["training"]["tiles_in_memory_bytes"] < facts["training"]["memory_for_tiles_bytes"]
     assert not (tmp_path / "study").exists()
 
 
