@@ -106,8 +106,8 @@ class TrainSettings(Settings):
     """Other defaults for the keys that are left out; those that are given win, and the study's `job.json` shows what
     came out. `none`: the defaults below. `kensert2019`: the settings in the paper's code when its predictions were
     committed. `fast`: a baseline; the head alone learns, on a backbone that stays as it was pre-trained. `best`: what
-    was chosen on inner compounds of 660 fields of BBBC021, with MobileNet-0.25 at 128 pixels
-    (`tests/bench/inner_choice.py` says how, `tests/bench/real.py` what it reaches)."""
+    was chosen within two halves of the compounds of 660 fields of BBBC021, with MobileNet-0.25 at 128 pixels
+    (`tests/bench/inner_choice.py` says how, `tests/bench/real.py` what it reaches, and what without that knowledge)."""
     epochs: int = Field(10, ge=1)
     """Epochs, fixed before training or chosen by `[search]`: the held-out compound never chooses."""
     batch_size: int = Field(32, ge=1)
