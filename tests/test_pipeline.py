@@ -277,10 +277,17 @@ def test_tiles_that_do_not_fit_are_refused_and_come_in_windows_instead(
     assert told in refused.stderr
     assert "Traceback" not in refused.stderr
     more = ("train.window_tiles=64", "sweep.stage=true", f"study.folder={tmp_path / 'windows'}")
+    more += ("sweep.tensorboard=true", "sweep.attributions=1")
     done = cellhpc("run", job, *words, *(word for one in more for word in ("--set", one)))
     assert done.returncode == 0, done.stderr
     scores = read_json(tmp_path / "windows" / "results" / "scores.json")
-    assert scores["models"][0]["levels"]["tile"]["total"] == 6 * 3 * 4 * 4
+    (model,) = scores["models"]
+    assert model["levels"]["tile"]["total"] == 6 * 3 * 4 * 4
+    runs = tmp_path / "windows" / "runs"
+    assert len(list(runs.rglob("events.out.tfevents.*"))) == 6
+    assert model["wrong"]  # after one epoch
+    assert list(runs.rglob("attributions.npz"))
+    assert "spoke for" in (tmp_path / "windows" / "results" / "report.html").read_text()
 
 
 def test_runs_choose_their_settings_with_one_command_more_in_the_job_file(
