@@ -77,7 +77,8 @@ def test_a_wrong_request_is_one_sentence_and_code_2(words: tuple[str, ...], base
 
 
 def test_a_full_disk_is_told_before_the_build(apptainer: str) -> None:
-    refused = run(CONTAINERS / "build.sh", "cpu", environment={"APPTAINER_TMPDIR": "/proc"})
+    path = f"{Path(apptainer).parent}{os.pathsep}{os.environ['PATH']}"  # it may have been installed for the tests
+    refused = run(CONTAINERS / "build.sh", "cpu", environment={"APPTAINER_TMPDIR": "/proc", "PATH": path})
     assert refused.returncode == 1
     assert "/proc has 0 GB free, and the build needs 8. Name another: APPTAINER_TMPDIR=FOLDER" in refused.stderr
 

@@ -149,10 +149,12 @@ def test_slurmctld_may_die_and_come_back(
 ) -> None:
     night = Night(whole_cluster, tmp_path, raw, store, epochs=EPOCHS)
     night.submit()
-    night.run_at_work(epoch=1)
+    at_work = psutil.Process(_pid(night, night.run_at_work(epoch=1)[1]))
+    at_work.suspend()  # so that it is not done before it is asked for
     wait_until_saved(whole_cluster)
     whole_cluster.kill_daemon("slurmctld")
     facts = night.status()
+    at_work.resume()
     assert "Slurm's queue could not be asked" in facts["notes"][0]
     assert "unknown" in facts["counts"]
     assert set(facts["counts"]) <= {"done", "unknown"}  # and not failed
