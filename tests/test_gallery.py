@@ -76,7 +76,7 @@ def test_tiles_are_on_one_scale_and_as_they_lie_in_the_store(store: Store) -> No
     assert made.cautions == ()
     assert made.left_out == 0
     assert [name for name, _ in made.channels] == list(small.CHANNELS)
-    assert dict(made.channels) == {"dna": "#0000ff", "tubulin": "#00ff00", "actin": "#ff0000"}
+    assert dict(made.channels) == {"dna": "#004cff", "tubulin": "#00ffb2", "actin": "#ff5900"}
     assert {len(tiles) for tiles in made.by_treatment.values()} == {gallery.PER_TREATMENT}
     dim, bright = (pixels(made.by_treatment[f"{name}-0 1 uM"][0].jpeg) for name in ("dim", "bright"))
     assert dim.shape == bright.shape == (TILE_PX, TILE_PX, 3)

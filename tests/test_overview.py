@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -123,11 +125,11 @@ def test_a_well_of_no_plate_is_told() -> None:
 
 
 def test_each_well_has_its_pictures_at_its_place(drawn: np.ndarray) -> None:
-    for well, colour in {"B03": 2, "C05": 1, "G11": 0}.items():  # dna is blue, tubulin green, actin red
+    for well, hue in zip(COMPOUNDS, channel_colours(CHANNELS), strict=True):
         for field in range(2):
             means = quarter(well_of(drawn, well), 0, field).mean((0, 1))
-            assert means[colour] > 80
-            assert max(np.delete(means, colour)) < 30
+            assert means.max() > 80
+            assert means / means.max() == pytest.approx(hue, abs=0.15)
     second = quarter(well_of(drawn, "C05"), 0, 1)[..., 1]  # the second field, twice as bright in its upper left tile
     assert second[:20, :20].mean() > 1.5 * second[:20, 30:].mean()
     assert second[:20, :20].mean() > 1.5 * second[26:34, :20].mean()
@@ -185,17 +187,44 @@ def test_stores_of_other_numbers_of_channels(channels: tuple[str, ...], tmp_path
     drawn = np.asarray(Image.open(tmp_path / "p.png"))
     for well, hue in zip(wells, hues, strict=True):
         lit = quarter(well_of(drawn, well), 0, 0).mean((0, 1))
-        assert ((lit > 60) == (hue == 1)).all(), (well, lit, hue)
+        assert lit / lit.max() == pytest.approx(hue, abs=0.15), (well, lit, hue)
     montage(made).save(tmp_path / "m.png")
     assert np.asarray(Image.open(tmp_path / "m.png")).shape[2] == 3
 
 
 def test_colours_follow_the_names_of_channels() -> None:
-    assert channel_colours(CHANNELS).tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
-    assert channel_colours(("actin", "tubulin", "dna")).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    assert channel_colours(("nfkb", "dna")).tolist() == [[0, 1, 0], [0, 0, 1]]
-    assert channel_colours(("w2_GFP", "other", "w1 Hoechst")).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+    def brightest(*channels: str) -> list[str]:
+        return [("red", "green", "blue")[hue.argmax()] for hue in channel_colours(channels)]
+
+    assert brightest(*CHANNELS) == ["blue", "green", "red"]
+    assert brightest("actin", "tubulin", "dna") == ["red", "green", "blue"]
+    assert brightest("nfkb", "dna") == ["green", "blue"]
+    assert brightest("w2_GFP", "other", "w1 Hoechst") == ["green", "red", "blue"]
     assert channel_colours(("anything",)).tolist() == [[1, 1, 1]]
+
+
+SEEN = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+"""What the colour-blind see of linear red, green and blue (Machado, Oliveira & Fernandes 2009, IEEE TVCG 15(6))."""
+
+
+@pytest.mark.parametrize("blindness", SEEN)
+def test_colour_blind_readers_tell_channels_apart(blindness: str) -> None:
+    def differences(colours: np.ndarray) -> list[float]:
+        """Distances in CIE 1976 L*a*b* of each two of the colours (1: just noticeable), as they are seen."""
+        linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(linear @ np.array(SEEN[blindness]).T, 0, 1)
+        seen = np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)
+        lab = cv2.cvtColor(seen[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+        return [float(np.linalg.norm(one - other)) for one, other in itertools.combinations(lab, 2)]
+
+    assert min(differences(channel_colours(CHANNELS))) > 45
+    assert min(differences(channel_colours("12345"))) > 30
+    if blindness == "deuteranopia":
+        assert min(differences(np.eye(3))) < 30  # red and green
 
 
 def chosen(
