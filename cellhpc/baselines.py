@@ -29,7 +29,7 @@ from cellhpc.errors import DataError, UsageError
 from cellhpc.features import Features
 from cellhpc.folds import Folds
 from cellhpc.levels import PREFIX, combine
-from cellhpc.profiles import LEFT_OUT, LeftOut, neighbours
+from cellhpc.profiles import LEFT_OUT, LeftOut, neighbours, regression
 from cellhpc.scores import score
 from cellhpc.tiles import Store
 from cellhpc.whitening import bare_plates, whiten
@@ -74,19 +74,18 @@ def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:
 
 def _predicted(fields: pd.DataFrame, values: NDArray, folds: Folds) -> pd.DataFrame:
     """Call the treatments of each fold by logistic regression on the others."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     labels, parts = fields["label"].to_numpy(dtype=str), []
     for fold in folds.folds:
         asked, training = folds.held_out(fields, fold), folds.training(fields, fold)
-        if not asked.any() or len(set(labels[training])) < 2:
+        learnt = np.unique(labels[training])
+        if not asked.any() or len(learnt) < 2:
             continue
-        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
-        model.fit(values[training], labels[training])
+        scale = StandardScaler().fit(values[training])
+        said = regression(scale.transform(values[training]), labels[training], scale.transform(values[asked]))
         found = np.zeros((asked.sum(), len(folds.classes)))
-        found[:, [folds.classes.index(name) for name in model.classes_]] = model.predict_proba(values[asked])
+        found[:, [folds.classes.index(name) for name in learnt]] = said
         names = ["plate", "well", "field", "treatment", "compound", "label"]
         keys = fields.loc[asked, names].reset_index(drop=True).assign(fold=fold.name)
         table = pd.concat([keys, pd.DataFrame(found, columns=[PREFIX + name for name in folds.classes])], axis=1)

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from cellhpc.errors import DataError, UsageError
 from cellhpc.progress import progress
@@ -123,8 +124,6 @@ def predict(tiles: pd.DataFrame, values: np.ndarray, left_out: LeftOut) -> pd.Da
         Predictions of tiles, as `scores.combine` takes them; without the tiles whose label is in no training set, or
         alone there. A label that a training set lacks has probability 0.
     """
-    from sklearn.linear_model import LogisticRegression
-
     classes = np.array(sorted(tiles["label"].unique()))
     labels = tiles["label"].to_numpy(dtype=str)
     values = np.asarray(values, np.float64)
@@ -137,14 +136,36 @@ def predict(tiles: pd.DataFrame, values: np.ndarray, left_out: LeftOut) -> pd.Da
             asked &= np.isin(labels, learnt)
             if len(learnt) > 1 and asked.any():
                 scale = np.sqrt(np.mean(values[training] ** 2)) or 1.0
-                model = LogisticRegression(class_weight="balanced", max_iter=2000)
-                model.fit(values[training] / scale, labels[training])
-                columns = np.searchsorted(classes, model.classes_)
-                probabilities[np.ix_(asked, columns)] = model.predict_proba(values[asked] / scale)
+                said = regression(values[training] / scale, labels[training], values[asked] / scale)
+                probabilities[np.ix_(asked, np.searchsorted(classes, learnt))] = said
                 called |= asked
             advance(1, "")
     table = pd.DataFrame(probabilities[called], columns=[PREFIX + name for name in classes])
     return pd.concat([tiles[called].reset_index(drop=True), table], axis=1)
+
+
+def regression(learnt: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Learn labels by logistic regression, and ask.
+
+    Parameters
+    ----------
+    learnt, labels
+        Features (n, d), and their labels (n,), of two kinds or more.
+    asked
+        Features (m, d).
+
+    Returns
+    -------
+    ndarray
+        Probabilities (m, labels) of the labels in their order; rows sum to 1.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(class_weight="balanced", max_iter=2000)
+    # In one thread: each of a thousand steps is small, and threads that wait for each other took 29 times as long.
+    with threadpool_limits(1):
+        found: np.ndarray = model.fit(learnt, labels).predict_proba(asked)
+    return found
 
 
 def treatment_profiles(tiles: pd.DataFrame, values: np.ndarray, how: How = "mean") -> tuple[pd.DataFrame, np.ndarray]:
