@@ -286,6 +286,27 @@ class TestFullPage:
             assert len(text.encode()) <= size
         assert counts[0] == 38 > counts[1] > counts[2] == 0
 
+    def test_a_page_of_very_many_compounds_is_small_too_and_says_where_the_others_are(self, made: MadeUp) -> None:
+        many = copy.deepcopy(made.document)
+        for model in many["models"]:
+            model["by_compound"] = [
+                {**row, "compound": f"{row['compound']} {copied}"}
+                for copied in range(400)
+                for row in model["by_compound"]
+            ]
+            model["wrong"] = [
+                {**row, "treatment": f"{row['treatment']} {copied}"} for copied in range(400) for row in model["wrong"]
+            ]
+        page = render_report(many, made.pictures, made.tables, gallery=made.gallery)
+        assert len(page.encode()) <= PAGE_BYTES
+        (rows,) = {int(found) for found in re.findall(r"The first (\d+) of 15,200, .*?href=\"compounds.csv\"", page)}
+        index = page.split('id="compounds"')[1].split("</table>")[0]
+        assert index.count("<tr data-words=") == rows >= 30
+        assert re.search(rf"The first {rows} of [\d,]+, .*href=\"treatments.csv\"", page)
+        outline = Outline(page)
+        assert outline.open == []
+        assert {link[1:] for link in outline.links if link.startswith("#")} <= set(re.findall(r' id="([^"]+)"', page))
+
     def test_figures_that_are_too_large_are_linked(self, made: MadeUp) -> None:
         large = {**made.pictures, "montage": made.pictures["montage"] + b"0" * 2_000_000}
         page = render_report(made.document, large)

@@ -21,9 +21,15 @@ from cellhpc.scores import percent
 
 SHOWN_LEVELS = ("treatment", "compound", "well", "field", "tile")
 PAGE_BYTES = 4_900_000
-"""The page is no larger, unless its tables alone are: first tiles are left out, then sections of compounds."""
+"""The page is no larger: first tiles are left out, then sections of compounds, then rows of long tables."""
 FIGURES_BYTES = 3_600_000
 """Bytes of the figures on the page; those that don't fit are linked, the files lie beside it."""
+
+_EVER_LESS: tuple[tuple[str, int | None], ...] = (
+    *(("all", None), ("wrong", None), ("none", None)),
+    *(("none", rows) for rows in (1000, 300, 100, 30)),
+)
+"""Which compounds have a section, and how many rows long tables have, until the page is small enough."""
 
 REPEAT_SHOWN = 20
 """Treatments of a model that the page ranks for repetition; a table beside it has all."""
@@ -93,17 +99,17 @@ def render_report(
     }
     template = _environment().get_template("page.html.j2")
 
-    def rendered(shown: Gallery, sections_of: str) -> str:
+    def rendered(shown: Gallery, sections_of: str, rows: int | None) -> str:
         compounds = compounds_of(document, tables or {}, p_values or {}, shown)
         told = [one if _has_section(one, sections_of) else replace(one, treatments=()) for one in compounds]
-        return template.render(**known, **_of_compounds(told), sections_of=sections_of, gallery=shown)
+        return template.render(**known, **_of_compounds(told, rows), sections_of=sections_of, rows=rows, gallery=shown)
 
     whole = gallery or Gallery()
-    for sections_of in ("all", "wrong", "none"):
-        page = rendered(whole.within(0), sections_of)
+    for sections_of, rows in _EVER_LESS:
+        page = rendered(whole.within(0), sections_of, rows)
         if (room := PAGE_BYTES - len(page.encode())) >= 0:
             break
-    return rendered(whole.within(room), sections_of) if whole.shown else page
+    return rendered(whole.within(room), sections_of, rows) if whole.shown else page
 
 
 @functools.cache
@@ -146,13 +152,13 @@ def _has_section(compound: Compound, sections_of: str) -> bool:
     return sections_of == "all" or (sections_of == "wrong" and compound.correct < compound.total)
 
 
-def _of_compounds(compounds: Sequence[Compound]) -> dict[str, Any]:
-    """Tell the templates of compounds, and what there is of them: sections, conformal sets, maps."""
+def _of_compounds(compounds: Sequence[Compound], rows: int | None) -> dict[str, Any]:
+    """Tell the templates of compounds, of which the index has so many, and what there is: sections, sets, maps."""
     treatments = [treatment for compound in compounds for treatment in compound.treatments]
     names = Counter(treatment.name for treatment in treatments)
     return {
         "compounds": compounds,
-        "anchor_of": {(one.name, one.label): one.anchor for one in compounds},
+        "anchor_of": {(one.name, one.label): one.anchor for one in compounds[:rows]},
         "sections": bool(treatments),
         "repeated": {name for name, count in names.items() if count > 1},
         "with_sets": any(said.labels is not None for treatment in treatments for said in treatment.sayings),
