@@ -451,7 +451,7 @@ def _stages(
         if test_only:
             click.echo("\n".join(planned.test()) or "Nothing is to be submitted.")
         else:
-            text = planned.study.render(stages, planned.memory)
+            text = planned.study.render(stages)
             _answer(planned.facts(), as_json, lambda: click.echo(f"{text}\n{planned.render()}"))
         return
     _submitted(*drive.submit_study(job, site, stages), as_json)

@@ -19,7 +19,7 @@ from cellhpc.cost import Cost, Place
 from cellhpc.errors import UsageError, UserError, listing
 from cellhpc.launch import run_here
 from cellhpc.ledger import read_json, write_json
-from cellhpc.memory import Allowed, allowed
+from cellhpc.memory import allowed
 from cellhpc.outlook import outlook, place_on
 from cellhpc.pipeline import STAGES, StudyPlan, aggregate_study, check_networks, claim_study, convert_study, plan_study
 from cellhpc.progress import progress
@@ -106,6 +106,7 @@ def _train_here(plan: StudyPlan) -> None:
     began = time.time()
     seen: dict[Path, int] = {}
     title = f"Training {len(plan.missing)} run(s) on {sweep.ranks} rank(s)"
+    title += f", tiles in windows of {window:,}" if (window := plan.job.train.window_tiles) else ""
     with progress(title, len(plan.missing) * epochs, "epochs") as advance:
 
         def watch() -> None:
@@ -199,12 +200,6 @@ class SubmissionPlan:
     superseded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    @property
-    def memory(self) -> Allowed:
-        """Memory for tiles on a node that trains."""
-        whole = (self.site.train.memory_gb * 1e9, "train.memory_gb of the site file")
-        return allowed(self.study.job.sweep.memory_gb, whole)
-
     def batches(self, folder: Path | None = None, known_as: str = "") -> list[Batch]:
         """List the calls of sbatch that carry out the tasks, for the submission in `folder` of this id."""
         study = self.study
@@ -233,7 +228,7 @@ class SubmissionPlan:
         tasks, jobs = len(self.tasks), len(scripts)
         ranks = sum(task.ranks for task in self.tasks)
         return {
-            **self.study.facts(self.memory),
+            **self.study.facts(),
             "slurm": {
                 "jobs": jobs,
                 "tasks": tasks,
@@ -284,7 +279,8 @@ def plan_submission(job: Job, site: Site, stages: Sequence[str] = STAGES) -> Sub
     UserError
         The job, the screen or the site is wrong, or Slurm does not answer what the study's jobs are doing.
     """
-    study = plan_study(job)
+    on_a_node = (site.train.memory_gb * 1e9, "train.memory_gb of the site file")
+    study = plan_study(job, allowed(job.sweep.memory_gb, on_a_node))
     folder = study.folder
     _require_store(study, stages)
     ranks, nodes = job.sweep.ranks, site.train.nodes

@@ -52,12 +52,17 @@ def held_bytes(tiles: int, tile_bytes: int, window_tiles: int | None) -> int:
     return tile_bytes * (tiles if window_tiles is None else 2 * min(tiles, window_tiles))
 
 
+def window_that_fits(tile_bytes: int, limit: Allowed) -> int:
+    """Tiles of the largest window, a power of two up to 8,192, of which a host can hold two; at least one."""
+    fits = int(limit.bytes / 2 / tile_bytes)
+    return min(8192, 2 ** max(0, fits.bit_length() - 1))
+
+
 def too_large(needed: int, tile_bytes: int, limit: Allowed, window_tiles: int | None, copies: int = 1) -> str:
     """Say that tiles don't fit into memory, and what to type; empty when they do."""
     if needed * copies <= limit.bytes:
         return ""
-    fits = int(limit.bytes / 2 / tile_bytes)
-    window = min(8192, 2 ** max(0, fits.bit_length() - 1))
+    window = window_that_fits(tile_bytes, limit)
     what = "The tiles" if window_tiles is None else "Two windows of tiles"
     times = f" in each of {copies} ranks" if copies > 1 else ""
     return (

@@ -16,7 +16,7 @@ from cellhpc.errors import DataError, UsageError, listing
 from cellhpc.folds import Fold, Folds, check_folds, plan_folds, read_folds, write_folds
 from cellhpc.inputs import mix
 from cellhpc.ledger import done_digest, read_json, write_json
-from cellhpc.memory import Allowed, allowed, held_bytes, too_large
+from cellhpc.memory import Allowed, allowed, held_bytes, too_large, window_that_fits
 from cellhpc.networks import check
 from cellhpc.recipe import TrainSettings
 from cellhpc.record import finished_plates
@@ -46,6 +46,8 @@ class StudyPlan:
         Whether the store was finished when the plan was made.
     missing
         The runs that were not done when the plan was made.
+    memory
+        What tiles may take on a host that trains.
     """
 
     job: Job
@@ -56,6 +58,7 @@ class StudyPlan:
     runs: tuple[Run, ...]
     converted: bool
     missing: tuple[Run, ...]
+    memory: Allowed
 
     @property
     def plates(self) -> list[str]:
@@ -90,17 +93,13 @@ class StudyPlan:
                 total += count * work(fold.searching(), settings).sum(axis=0)
         return int(total[0]), int(total[1])
 
-    def facts(self, limit: Allowed | None = None) -> dict[str, Any]:
-        """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training.
-
-        `limit` is the memory for tiles on a host that trains; by default what may be used here.
-        """
+    def facts(self) -> dict[str, Any]:
+        """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training."""
         sweep, window, candidates = self.job.sweep, self.job.train.window_tiles, len(self.job.candidates)
         totals = self.conversion.totals()
-        limit = limit or allowed(sweep.memory_gb, jobs=sweep.parallel_jobs)
         more = sweep.keep_weights + bool(sweep.attributions) + bool(self.job.train.dropout_draws)
-        tile_bytes = len(self.conversion.channels) * max(tile_sizes_px(self.job)) ** 2
-        held = held_bytes(totals["tiles"], tile_bytes, window)
+        tiles, tile_bytes = _tiles(self.job, self.screen, self.folds, self.conversion)
+        held = held_bytes(tiles, tile_bytes, window)
         return {
             "study": self.job.study.name,
             "folder": str(self.folder.path),
@@ -117,10 +116,13 @@ class StudyPlan:
                 "candidates": candidates,
                 "trainings_missing": len(self.missing) * (1 + candidates),
                 "steps_missing": self.steps,
+                "tiles": tiles,
+                "tiles_bytes": tiles * tile_bytes,
+                "window_tiles": window,
                 "tiles_in_memory_bytes": held,
-                "memory_for_tiles_bytes": int(limit.bytes),
-                "memory_for_tiles": limit.why,
-                "tiles_too_large": too_large(held, tile_bytes, limit, window),
+                "memory_for_tiles_bytes": int(self.memory.bytes),
+                "memory_for_tiles": self.memory.why,
+                "tiles_too_large": too_large(held, tile_bytes, self.memory, window),
                 "ranks": sweep.ranks,
                 "files": len(self.runs) * ((FILES_OF_A_RUN + sweep.tensorboard) * (1 + candidates) + more),
             },
@@ -152,9 +154,23 @@ class StudyPlan:
             lines.append(f"          not asked, as none can be spared: {spare}")
         return lines
 
-    def render(self, stages: Sequence[str] = STAGES, limit: Allowed | None = None) -> str:
-        """Tell the plan of these stages in a few lines, for `--dry-run`; `limit` as in `facts`."""
-        facts = self.facts(limit)
+    def _render_memory(self, training: dict[str, Any]) -> list[str]:
+        """Tell where the tiles are while runs learn from them."""
+        whole, held = training["tiles_bytes"] / 1e6, training["tiles_in_memory_bytes"] / 1e6
+        there = f"{training['memory_for_tiles_bytes'] / 1e6:,.0f} MB are for them ({training['memory_for_tiles']})"
+        window = training["window_tiles"]
+        if window is None:
+            lines = [f"  memory  of tiles on a host {held:,.0f} MB, and {there}"]
+        else:
+            lines = [
+                f"  memory  of two windows of {window:,} tiles (train.window_tiles) on a host {held:,.0f} MB, of all",
+                f"          tiles {whole:,.0f} MB; {there}",
+            ]
+        return lines + ([f"          {training['tiles_too_large']}"] if training["tiles_too_large"] else [])
+
+    def render(self, stages: Sequence[str] = STAGES) -> str:
+        """Tell the plan of these stages in a few lines, for `--dry-run`."""
+        facts = self.facts()
         training = facts["training"]
         sizes = sorted({one.settings.batch_size for one in self.job.candidates} or {self.job.train.batch_size})
         dropped = f"; dropped: {', '.join(self.folds.dropped)}" if self.folds.dropped else ""
@@ -177,16 +193,21 @@ class StudyPlan:
                 *self._render_search(),
                 f"  steps   {training['steps_missing']:,} of {' or '.join(map(str, sizes))} tiles at most",
                 f"  ranks   {training['ranks']} for each run",
-                f"  memory  of tiles on a host {training['tiles_in_memory_bytes'] / 1e6:,.0f} MB at most, and "
-                f"{training['memory_for_tiles_bytes'] / 1e6:,.0f} MB are for them ({training['memory_for_tiles']})",
-                *([f"          {training['tiles_too_large']}"] if training["tiles_too_large"] else []),
+                *self._render_memory(training),
                 f"  write   about {training['files']:,} files",
             ]
         return "\n".join(lines)
 
 
-def plan_study(job: Job) -> StudyPlan:
+def plan_study(job: Job, memory: Allowed | None = None) -> StudyPlan:
     """Plan a study from its job: read the screen's tables, split, and list what is missing.
+
+    Parameters
+    ----------
+    job
+        The settings.
+    memory
+        What tiles may take on a host that trains; by default what jobs of this machine may use.
 
     Raises
     ------
@@ -202,9 +223,33 @@ def plan_study(job: Job) -> StudyPlan:
     folds = plan_folds(screen.fields, job.folds, search=bool(job.search))
     conversion = plan_conversion(job.convert, screen, sizes, store)
     mix(conversion.channels, job.train.inputs)  # what is no channel is told before anything is done
+    memory = memory or allowed(job.sweep.memory_gb, jobs=job.sweep.parallel_jobs)
+    job = _with_window(job, folder, _tiles(job, screen, folds, conversion), memory)
     runs = plan_runs(job, folds, conversion.content_digest)
     missing = tuple(run for run in runs if not finished(folder.runs / run.id, run.digest))
-    return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing)
+    return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing, memory)
+
+
+def _tiles(job: Job, screen: Screen, folds: Folds, conversion: ConversionPlan) -> tuple[int, int]:
+    """Count the tiles that the runs use, at most, and the bytes of the largest."""
+    tiles = int(folds.used(screen.fields).sum()) * conversion.tiles_per_field
+    return tiles, len(conversion.channels) * max(tile_sizes_px(job)) ** 2
+
+
+def _with_window(job: Job, folder: StudyFolder, tiles: tuple[int, int], memory: Allowed) -> Job:
+    """Choose whether tiles come in windows, unless the job says so.
+
+    A study that has begun goes on as it is: the order of tiles is part of its runs.
+    """
+    if job.train.window_tiles is not None:
+        return job
+    if folder.is_begun:
+        window = folder.read_job().train.window_tiles
+    elif held_bytes(*tiles, None) > memory.bytes:
+        window = window_that_fits(tiles[1], memory)
+    else:
+        window = None
+    return job.model_copy(update={"train": job.train.model_copy(update={"window_tiles": window})})
 
 
 def claim_study(plan: StudyPlan) -> None:
@@ -265,7 +310,7 @@ def convert_study(plan: StudyPlan, stop: Callable[[], bool] = lambda: False) -> 
     if not plan.converted:
         check_networks(plan)
         convert(plan.conversion, stop=stop)
-        plan = replace(plan_study(plan.job), converted=False)
+        plan = replace(plan_study(plan.job, plan.memory), converted=False)
     check_folds(plan.folds, Store.open(plan.conversion.store, plan.plates).tiles)
     return plan
 

@@ -174,8 +174,9 @@ class TrainSettings(Settings):
     predict_rotations: bool = False
     """Average the predictions of a tile over its eight rotations and mirrors."""
     window_tiles: int | None = Field(None, ge=1)
-    """Tiles of a shuffled window, for tiles that don't fit into memory: these are read from their shards, a window
-    after the other, and a host holds two of them; the more, the better shuffled. By default all tiles are in memory."""
+    """Tiles of a shuffled window: they are read from their shards, a window after the other, and a host holds two; the
+    more, the better shuffled. By default all tiles are in memory where they fit, else windows are as large as fits;
+    the plan says which. It changes the order of tiles: a study goes on as its first run began, on whatever machine."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers that the backbone computes with (Keras's mixed precision); weights, logits, loss and probabilities are

@@ -316,8 +316,8 @@ class SweepSettings(Settings):
     memory_gb: float | None = Field(None, gt=0)
     """Memory for tiles on a host; by default 60 % of what a job may use there."""
     stage: bool = False
-    """With `train.window_tiles`: copy the shards to the node's scratch first, once a host. It is `$TMPDIR`, or the site
-    file's `scratch.folder`. Tiles in memory are read only once: without windows there is nothing to copy."""
+    """Copy shards whose tiles come in windows (`train.window_tiles`) to the node's scratch first, once a host. It is
+    `$TMPDIR`, or the site file's `scratch.folder`. Tiles in memory are read only once, and not copied."""
     checkpoint_minutes: float = Field(10.0, gt=0)
     """How often a run leaves a checkpoint, besides the one when it is told to stop: what a power cut can cost."""
     keep_weights: bool = False
@@ -397,15 +397,6 @@ class Job(Settings):
                     f"search: the candidate {describe(candidate.values)} can't be shared equally by sweep.ranks "
                     f"{self.sweep.ranks}; choose multiples"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_staged_is_streamed(self) -> Self:
-        if self.sweep.stage and self.train.window_tiles is None:
-            raise ValueError(
-                "sweep.stage copies shards that are read in every epoch, with train.window_tiles; tiles in memory are "
-                "read only once: leave sweep.stage out, or set train.window_tiles"
-            )
         return self
 
     @model_validator(mode="after")

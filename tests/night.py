@@ -42,14 +42,23 @@ checkpoint_minutes = 0.02
 
 
 class Night:
-    """One study, submitted to the cluster."""
+    """One study, submitted to the cluster; `more` are lines for the end of its job file, in `[sweep]`."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path, raw: Path, store: Path, ranks: int = 1, epochs: int = 8):
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        folder: Path,
+        raw: Path,
+        store: Path,
+        ranks: int = 1,
+        epochs: int = 8,
+        more: str = "",
+    ):
         self.cluster, self.folder = cluster, folder
         self.study = folder / "study"
         self.job = folder / "job.toml"
         folder.mkdir(parents=True, exist_ok=True)
-        self.job.write_text(JOB.format(folder=folder, raw=raw, store=store, ranks=ranks, epochs=epochs))
+        self.job.write_text(JOB.format(folder=folder, raw=raw, store=store, ranks=ranks, epochs=epochs) + more)
 
     def cellhpc(self, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         """Type a command of cellhpc on the cluster's login node."""
@@ -147,12 +156,12 @@ def until(what: str, test: Callable[[], bool], seconds: float, words: Callable[[
 
 
 def here(
-    folder: Path, raw: Path, store: Path, ranks: int, epochs: int, command: str = "run"
+    folder: Path, raw: Path, store: Path, ranks: int, epochs: int, command: str = "run", more: str = ""
 ) -> dict[str, pd.DataFrame]:
     """Predictions of the same study, undisturbed, on this machine without Slurm."""
     folder.mkdir(parents=True)
     job = folder / "job.toml"
-    job.write_text(JOB.format(folder=folder, raw=raw, store=store, ranks=ranks, epochs=epochs))
+    job.write_text(JOB.format(folder=folder, raw=raw, store=store, ranks=ranks, epochs=epochs) + more)
     words = [sys.executable, "-m", "cellhpc.cli", command, str(job)]
     cores = sorted(os.sched_getaffinity(0))[:ranks]  # a thread for each rank, as the cluster's tasks have
     done = subprocess.run(

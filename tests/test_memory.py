@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cellhpc.memory import _of_groups, _of_slurm, allowed, held_bytes, memory_here, too_large
+from cellhpc.memory import _of_groups, _of_slurm, allowed, held_bytes, memory_here, too_large, window_that_fits
 
 
 def test_the_smallest_limit_of_all_groups_around_counts(tmp_path: Path) -> None:
@@ -44,4 +44,7 @@ def test_what_does_not_fit_names_a_window_that_does() -> None:
     said = too_large(6_000_000_001, 1_000_000, limit, None)
     assert said.startswith("The tiles take 6.00 GB on a host, and 6.00 GB are for them (60% of the 10.0 GB of x).")
     assert "--set train.window_tiles=2048" in said
+    assert window_that_fits(1_000_000, limit) == 2048  # 3,000 would fit
+    assert window_that_fits(1, limit) == 8192
+    assert window_that_fits(10**12, limit) == 1
     assert "take 4.00 GB in each of 2 ranks on a host" in too_large(4_000_000_000, 150_528, limit, None, copies=2)

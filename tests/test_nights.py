@@ -99,6 +99,21 @@ def test_a_rank_that_is_killed_ends_its_run_within_a_minute_and_it_is_started_an
     same(night.predictions(), undisturbed[2])
 
 
+def test_tiles_that_do_not_fit_into_a_node_are_staged_and_come_in_windows_after_a_kill_too(
+    whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path
+) -> None:
+    small = "memory_gb = 0.0003\nstage = true\n"
+    night = Night(whole_cluster, tmp_path / "night", raw, store, ranks=2, epochs=EPOCHS, more=small)
+    night.submit(train={"nodes": 2})
+    assert read_json(night.study / "job.json")["train"]["window_tiles"] == 32
+    night.run_at_work(epoch=2)
+    (rank,) = [process for process in psutil.process_iter(["cmdline", "environ"]) if _is_rank(process, night, "1")]
+    rank.kill()
+    night.until_done()
+    assert "crashed" in night.ends()
+    same(night.predictions(), here(tmp_path / "here", raw, store, 2, EPOCHS, "train", small))
+
+
 def test_a_node_without_power_is_replaced(
     whole_cluster: LocalCluster, tmp_path: Path, raw: Path, store: Path, undisturbed: dict[int, dict[str, pd.DataFrame]]
 ) -> None:

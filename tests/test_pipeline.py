@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,31 +264,53 @@ def test_stages_one_by_one_give_what_one_command_gives(
     assert results_of(tmp_path)[0] == results_of(finished[0])[0]
 
 
-def test_tiles_that_do_not_fit_are_refused_and_come_in_windows_instead(
+def settings(*those: str) -> list[str]:
+    """Words of a command that set these."""
+    return [word for one in those for word in ("--set", one)]
+
+
+def test_tiles_that_do_not_fit_come_in_windows_and_a_study_goes_on_as_it_began(
     finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
 ) -> None:
     job = job_file(tmp_path, raw)
-    store = finished[0] / "study" / "store"
-    small = [f"convert.store={store}", "train.epochs=1", "sweep.memory_gb=0.0005", "sweep.ranks=1"]
-    words = [word for one in small for word in ("--set", one)]
+    store = settings(f"convert.store={finished[0] / 'study' / 'store'}", "train.epochs=1", "sweep.ranks=1")
+    more = settings("sweep.stage=true", "sweep.tensorboard=true", "sweep.attributions=1")
+    small, ample = settings("sweep.memory_gb=0.0005"), settings("sweep.memory_gb=0.1")
+    # 288 tiles of 3,072 bytes; two windows of 64 fit into half a megabyte, where 128 would not.
+    told = "of two windows of 64 tiles (train.window_tiles) on a host 0 MB, of all\n          tiles 1 MB; 0"
+    assert told in cellhpc("train", job, *store, *small, "--dry-run").stdout
+    assert "of tiles on a host 1 MB, and 100 MB" in cellhpc("train", job, *store, *ample, "--dry-run").stdout
+    assert cellhpc("convert", job, *store, *ample).returncode == 0  # binds the folder; no run has begun yet
+    done = cellhpc("run", job, *store, *more, *small)
+    assert done.returncode == 0, done.stderr
+    assert "tiles in windows of 64" in done.stderr
+    study = tmp_path / "study"
+    assert read_json(study / "job.json")["train"]["window_tiles"] == 64
+    (model,) = read_json(study / "results" / "scores.json")["models"]
+    assert model["levels"]["tile"]["total"] == 6 * 3 * 4 * 4
+    assert len(list((study / "runs").rglob("events.out.tfevents.*"))) == 6
+    assert model["wrong"]  # after one epoch
+    assert list((study / "runs").rglob("attributions.npz"))
+    assert "spoke for" in (study / "results" / "report.html").read_text()
+    again = cellhpc("run", job, *store, *more, *ample, "--dry-run", "--json")
+    assert json.loads(again.stdout)["training"]["runs_missing"] == 0
+    other = cellhpc("run", job, *store, *more, *ample, *settings("train.window_tiles=32"))
+    assert other.returncode == 2
+    assert "train.window_tiles is 32, there 64" in other.stderr
+
+
+def test_a_study_that_began_in_memory_says_where_it_can_not_go_on(
+    finished: tuple[Path, str], tmp_path: Path, raw: Path, cellhpc: Cellhpc
+) -> None:
+    shutil.copytree(finished[0] / "study", tmp_path / "study")
+    shutil.rmtree(next((tmp_path / "study" / "runs").glob("*_f03")))
+    job, small = job_file(tmp_path, raw), settings("sweep.memory_gb=0.0005")
     told = "Read them in windows with --set train.window_tiles=64, in a new study.folder"
-    assert told in cellhpc("train", job, *words, "--dry-run").stdout
-    refused = cellhpc("train", job, *words)
+    assert told in cellhpc("run", job, *small, "--dry-run").stdout
+    refused = cellhpc("run", job, *small)
     assert refused.returncode == 1
     assert told in refused.stderr
     assert "Traceback" not in refused.stderr
-    more = ("train.window_tiles=64", "sweep.stage=true", f"study.folder={tmp_path / 'windows'}")
-    more += ("sweep.tensorboard=true", "sweep.attributions=1")
-    done = cellhpc("run", job, *words, *(word for one in more for word in ("--set", one)))
-    assert done.returncode == 0, done.stderr
-    scores = read_json(tmp_path / "windows" / "results" / "scores.json")
-    (model,) = scores["models"]
-    assert model["levels"]["tile"]["total"] == 6 * 3 * 4 * 4
-    runs = tmp_path / "windows" / "runs"
-    assert len(list(runs.rglob("events.out.tfevents.*"))) == 6
-    assert model["wrong"]  # after one epoch
-    assert list(runs.rglob("attributions.npz"))
-    assert "spoke for" in (tmp_path / "windows" / "results" / "report.html").read_text()
 
 
 def test_runs_choose_their_settings_with_one_command_more_in_the_job_file(

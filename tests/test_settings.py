@@ -92,7 +92,6 @@ def test_variables_of_the_environment_in_paths(tmp_path: Path, monkeypatch: pyte
             r"search and folds.unknown exclude each other: .*choose without folds.unknown",
         ),
         (("[screen]", "[sweep]\nseeds = [1, 1]\n[screen]"), r"sweep: seeds names a value twice"),
-        (("[screen]", "[sweep]\nstage = true\n[screen]"), r"leave sweep.stage out, or set train.window_tiles"),
         (("[screen]", "[screen"), r"job.toml: not a TOML file"),
     ],
 )

@@ -40,6 +40,16 @@ def test_a_sweep_may_grow(tmp_path: Path) -> None:
     study.claim(job(study.path, sweep={"seeds": [0, 1]}, aggregate={"combine": "median"}))
 
 
+def test_windows_may_be_chosen_anew_until_a_run_has_begun(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "study")
+    study.claim(job(study.path))
+    study.claim(job(study.path, train={"window_tiles": 64}))
+    assert study.read_job().train.window_tiles == 64
+    (study.runs / "a_run").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"train.window_tiles is 32, there 64"):
+        study.claim(job(study.path, train={"window_tiles": 32}))
+
+
 def test_where_things_lie_and_what_is_done_with_bad_fields_may_change(tmp_path: Path) -> None:
     study = StudyFolder(tmp_path / "study")
     study.claim(job(study.path))
