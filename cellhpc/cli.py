@@ -32,7 +32,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="cellhpc")
 def cli() -> None:
-    r"""From raw high-content-screening plates to mechanism of action.
+    """From raw high-content-screening plates to mechanism of action.
 
     \b
     cellhpc synth bbbc021 DIR --preset demo   make a small synthetic screen
@@ -45,7 +45,7 @@ def cli() -> None:
     cellhpc score TABLE --out DIR             accuracies of predictions from anywhere, by the same code
     cellhpc features STORE --network NAME     what a network says of every tile, as Zarr; a baseline in seconds
     cellhpc doctor --site SITE.toml           is this cluster ready?
-    """
+    """  # noqa: D301 (Click keeps the lines after a backspace, which a raw string would spell out)
 
 
 def _takes_job(command: Command) -> Command:

@@ -13,6 +13,8 @@ def test_help_names_every_command(cellhpc: Cellhpc) -> None:
     assert told.returncode == 0
     for command in ("synth", "inspect", "run", "convert", "train", "aggregate", "score", "features"):
         assert f"\n  {command} " in told.stdout
+    assert told.stdout.count("\n  cellhpc ") == 10  # each command by itself, with what it is for
+    assert "\\b" not in told.stdout
 
 
 @pytest.mark.parametrize(
