@@ -48,7 +48,7 @@ def main() -> None:
                 seconds = {"features": made - began, "baseline": time.perf_counter() - made}
                 title = f"{source.name}: {seconds['features']:.1f} s with the network's start, {features.facts['images_per_s']:.0f} images/s; baseline {seconds['baseline']:.1f} s"  # noqa: E501
                 Console(width=120).print(render_baseline(found, title))
-                figures.append({"source": source.name, "seconds": seconds, **features.facts, **found})
+                figures.append({"source": source.name, **features.facts, **found, "seconds": seconds})
     print(json.dumps({"features": figures}))
 
 
