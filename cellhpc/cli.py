@@ -475,10 +475,11 @@ def _submitted(plan: SubmissionPlan, submission: Submission | None, as_json: boo
         return
     jobs = [{"stage": job.stage, "job": job.id, "tasks": job.count} for job in submission.jobs]
     lines = [f"{job.stage}: job {job.id}, {job.count:,} task(s)" for job in submission.jobs]
+    window = plan.study.job.train.window_tiles if plan.trains else None
+    lines += [f"Tiles come in windows of {window:,} (train.window_tiles)."] if window else []
     lines += [f"See: cellhpc status {folder}"]
-    _answer(
-        {"submitted": jobs, "status": lines[-1].removeprefix("See: ")}, as_json, lambda: click.echo("\n".join(lines))
-    )
+    facts = {"submitted": jobs, "window_tiles": window, "status": lines[-1].removeprefix("See: ")}
+    _answer(facts, as_json, lambda: click.echo("\n".join(lines)))
 
 
 def _what_was_done(plan: StudyPlan, stages: tuple[str, ...]) -> str:

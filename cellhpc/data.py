@@ -81,7 +81,7 @@ def load_data(
     ranks
         The processes that train together; by default this is the only one.
     window_tiles
-        As `train.window_tiles`: the tiles stay in their shards.
+        As `train.window_tiles`: the tiles stay in their shards. None and 0: they are held in memory.
     stage
         As `sweep.stage`: the shards are copied to this host's scratch.
     limit
@@ -100,7 +100,7 @@ def load_data(
     mine = peers(ranks)
     limit = limit or allowed(None)
     pixels: Pixels
-    if window_tiles is None:
+    if not window_tiles:
         pixels = _hold(shards, ranks, mine, limit)
     else:
         _stream(shards, ranks, mine, limit, window_tiles, stage)

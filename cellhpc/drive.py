@@ -70,7 +70,7 @@ def run_study(job: Job, stages: Sequence[str] = STAGES) -> tuple[StudyPlan, dict
         plan = plan_study(job)
         _require_store(plan, stages)
         _refuse_if_submitted(folder)
-        claim_study(plan)
+        claim_study(plan, stages)
         if "convert" in stages:
             plan = convert_study(plan)
         if "train" in stages and plan.missing:
@@ -327,7 +327,7 @@ def submit_study(job: Job, site: Site, stages: Sequence[str] = STAGES) -> tuple[
         if plan.notes:
             raise UserError("\n".join(["Nothing was submitted. Type the same again where Slurm answers.", *plan.notes]))
         os.umask(int(UMASKS[site.slurm.share], 8))
-        claim_study(plan.study)
+        claim_study(plan.study, stages)
         folder.open_to(site.slurm.share)
         write_json(folder.site, site.model_dump(mode="json"))
         submission = new_submission(folder, "slurm", plan.tasks)

@@ -139,7 +139,7 @@ class _Model:
     def bytes_read(self, job: Job, starts: int) -> float:
         """Bytes that a job reads from the store."""
         sides = {load.tile_px for load in job}
-        if self.settings.window_tiles is None:
+        if not self.settings.window_tiles:
             return starts * self.place.nodes * sum(self.stored.bytes[side] for side in sides)
         if self.stage:
             return starts * self.place.nodes * sum(self.stored.shard_bytes[side] for side in sides)
@@ -290,7 +290,7 @@ class _Model:
         return lines
 
     def _assumed_reading(self) -> str:
-        if self.settings.window_tiles is None:
+        if not self.settings.window_tiles:
             return "each start of a job reads all used tiles once on each of its nodes, whose ranks and runs share them"
         if self.stage:
             return "each start of a job copies the shards once to each of its nodes (sweep.stage)"

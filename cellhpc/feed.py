@@ -1,6 +1,6 @@
 """Batches of tiles for a network: in which order, and fetched while it is busy with those before.
 
-Tiles in memory (`train.window_tiles` not set) come in an order that is drawn over all of them, a batch at a time.
+Tiles in memory come in an order that is drawn over all of them, a batch at a time.
 
 Tiles that stay in their shards come in shuffled windows: the shards are put into a random order, their tiles one
 behind the other are cut into windows of so many tiles, and each window is shuffled. Each window is read and decoded

@@ -49,7 +49,7 @@ def memory_here() -> tuple[float, str]:
 
 def held_bytes(tiles: int, tile_bytes: int, window_tiles: int | None) -> int:
     """Bytes of tiles that a host holds: all of them, or two windows."""
-    return tile_bytes * (tiles if window_tiles is None else 2 * min(tiles, window_tiles))
+    return tile_bytes * (2 * min(tiles, window_tiles) if window_tiles else tiles)
 
 
 def window_that_fits(tile_bytes: int, limit: Allowed) -> int:
@@ -58,17 +58,23 @@ def window_that_fits(tile_bytes: int, limit: Allowed) -> int:
     return min(8192, 2 ** max(0, fits.bit_length() - 1))
 
 
-def too_large(needed: int, tile_bytes: int, limit: Allowed, window_tiles: int | None, copies: int = 1) -> str:
-    """Say that tiles don't fit into memory, and what to type; empty when they do."""
+def too_large(
+    needed: int, tile_bytes: int, limit: Allowed, window_tiles: int | None, copies: int = 1, bound: bool = True
+) -> str:
+    """Say that tiles don't fit into memory, and what to type; empty when they do.
+
+    `copies` are those of ranks that share none; `bound` tells whether the study is bound to what it began with.
+    """
     if needed * copies <= limit.bytes:
         return ""
     window = window_that_fits(tile_bytes, limit)
-    what = "The tiles" if window_tiles is None else "Two windows of tiles"
+    what = "Two windows of tiles" if window_tiles else "The tiles"
+    where = ", in a new study.folder with convert.store of this one" if bound else ""
     times = f" in each of {copies} ranks" if copies > 1 else ""
     return (
         f"{what} take {needed / 1e9:,.2f} GB{times} on a host, and {limit.bytes / 1e9:,.2f} GB are for them "
-        f"({limit.why}). Read them in windows with --set train.window_tiles={window}, in a new study.folder with "
-        "convert.store of this one; or, with more memory, change --set sweep.memory_gb=GB."
+        f"({limit.why}). Read them in windows with --set train.window_tiles={window}{where}; or, with more memory, "
+        "change --set sweep.memory_gb=GB."
     )
 
 

@@ -108,10 +108,9 @@ def _stored(plan: StudyPlan) -> tuple[Tiles, Stored]:
     sides = sorted({run.tile_px for run in plan.missing})
     if not plan.converted:
         tiles = tiles_by_fold(folds, plan.screen.fields, conversion.tiles_per_field)
-        number = int(folds.used(plan.screen.fields).sum()) * conversion.tiles_per_field
-        plain = {side: float(number * side * side * len(conversion.channels)) for side in sides}
+        plain = {side: float(plan.tiles * side * side * len(conversion.channels)) for side in sides}
         how = "tiles before compression, none set aside: the store is not converted yet"
-        return tiles, Stored(number, plain, plain, how)
+        return tiles, Stored(plan.tiles, plain, plain, how)
     store = Store.open(conversion.store, plan.plates)
     used = store.tiles[folds.used(store.tiles)]
     shards = {side: store.shards(used, side) for side in sides}

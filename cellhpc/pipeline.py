@@ -23,7 +23,7 @@ from cellhpc.record import finished_plates
 from cellhpc.screens import Screen, read_screen, require_sound
 from cellhpc.settings import Job
 from cellhpc.study import StudyFolder
-from cellhpc.sweep import Run, plan_runs, tile_sizes_px
+from cellhpc.sweep import Run, plan_runs, runs_of, tile_sizes_px
 from cellhpc.tiles import Store
 
 STAGES = ("convert", "train", "aggregate")
@@ -39,7 +39,7 @@ class StudyPlan:
     Attributes
     ----------
     job, folder, screen
-        The settings, where everything goes, and what was imaged.
+        The settings, in which `train.window_tiles` is settled, where everything goes, and what was imaged.
     conversion, folds, runs
         What is to be converted, split and trained; finished parts included.
     converted
@@ -48,6 +48,8 @@ class StudyPlan:
         The runs that were not done when the plan was made.
     memory
         What tiles may take on a host that trains.
+    asked
+        The settings as they were asked for: `train.window_tiles` is None where nothing has settled it before.
     """
 
     job: Job
@@ -59,6 +61,17 @@ class StudyPlan:
     converted: bool
     missing: tuple[Run, ...]
     memory: Allowed
+    asked: Job
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the runs use, if none is set aside."""
+        return _tiles(self.job, self.screen, self.folds, self.conversion)[0]
+
+    @property
+    def too_large(self) -> str:
+        """Why the tiles don't fit into the memory where they will be, and what to type; empty when they do."""
+        return str(self.facts()["training"]["tiles_too_large"])
 
     @property
     def plates(self) -> list[str]:
@@ -78,11 +91,10 @@ class StudyPlan:
     @cached_property
     def _work(self) -> tuple[int, int]:
         """Steps and their tiles."""
-        tiles_per_field = self.job.convert.tile_grid[0] * self.job.convert.tile_grid[1]
         settings = [candidate.settings for candidate in self.job.candidates]
 
         def work(fold: Fold, ways: Sequence[TrainSettings]) -> np.ndarray:
-            tiles = int(self.folds.training(self.screen.fields, fold).sum()) * tiles_per_field
+            tiles = int(self.folds.training(self.screen.fields, fold).sum()) * self.conversion.tiles_per_field
             steps = [max(1, tiles // one.batch_size) * one.epochs for one in ways]
             return np.array([(count, count * one.batch_size) for count, one in zip(steps, ways, strict=True)])
 
@@ -122,7 +134,7 @@ class StudyPlan:
                 "tiles_in_memory_bytes": held,
                 "memory_for_tiles_bytes": int(self.memory.bytes),
                 "memory_for_tiles": self.memory.why,
-                "tiles_too_large": too_large(held, tile_bytes, self.memory, window),
+                "tiles_too_large": too_large(held, tile_bytes, self.memory, window, bound=self.folder.job.exists()),
                 "ranks": sweep.ranks,
                 "files": len(self.runs) * ((FILES_OF_A_RUN + sweep.tensorboard) * (1 + candidates) + more),
             },
@@ -157,14 +169,14 @@ class StudyPlan:
     def _render_memory(self, training: dict[str, Any]) -> list[str]:
         """Tell where the tiles are while runs learn from them."""
         whole, held = training["tiles_bytes"] / 1e6, training["tiles_in_memory_bytes"] / 1e6
-        there = f"{training['memory_for_tiles_bytes'] / 1e6:,.0f} MB are for them ({training['memory_for_tiles']})"
-        window = training["window_tiles"]
-        if window is None:
-            lines = [f"  memory  of tiles on a host {held:,.0f} MB, and {there}"]
-        else:
+        there = f"{training['memory_for_tiles_bytes'] / 1e6:,.0f} MB are for tiles ({training['memory_for_tiles']})"
+        lines = [f"  memory  of all tiles on a host {held:,.0f} MB; {there}"]
+        if window := training["window_tiles"]:
+            chosen = self.asked.train.window_tiles is None
+            why = "don't fit: they come in windows (train.window_tiles)" if chosen else "come in windows, as is settled"
             lines = [
-                f"  memory  of two windows of {window:,} tiles (train.window_tiles) on a host {held:,.0f} MB, of all",
-                f"          tiles {whole:,.0f} MB; {there}",
+                f"  memory  of two windows of {window:,} tiles on a host {held:,.0f} MB; {there};",
+                f"          all tiles, {whole:,.0f} MB, {why}",
             ]
         return lines + ([f"          {training['tiles_too_large']}"] if training["tiles_too_large"] else [])
 
@@ -223,11 +235,13 @@ def plan_study(job: Job, memory: Allowed | None = None) -> StudyPlan:
     folds = plan_folds(screen.fields, job.folds, search=bool(job.search))
     conversion = plan_conversion(job.convert, screen, sizes, store)
     mix(conversion.channels, job.train.inputs)  # what is no channel is told before anything is done
-    memory = memory or allowed(job.sweep.memory_gb, jobs=job.sweep.parallel_jobs)
-    job = _with_window(job, folder, _tiles(job, screen, folds, conversion), memory)
+    memory = memory or allowed(job.sweep.memory_gb, jobs=min(job.sweep.parallel_jobs, runs_of(job, folds)))
+    asked = _asked(job, folder)
+    job = _settled(asked, _tiles(job, screen, folds, conversion), memory)
     runs = plan_runs(job, folds, conversion.content_digest)
     missing = tuple(run for run in runs if not finished(folder.runs / run.id, run.digest))
-    return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), conversion.is_finished, missing, memory)
+    done = conversion.is_finished
+    return StudyPlan(job, folder, screen, conversion, folds, tuple(runs), done, missing, memory, asked)
 
 
 def _tiles(job: Job, screen: Screen, folds: Folds, conversion: ConversionPlan) -> tuple[int, int]:
@@ -236,31 +250,39 @@ def _tiles(job: Job, screen: Screen, folds: Folds, conversion: ConversionPlan) -
     return tiles, len(conversion.channels) * max(tile_sizes_px(job)) ** 2
 
 
-def _with_window(job: Job, folder: StudyFolder, tiles: tuple[int, int], memory: Allowed) -> Job:
-    """Choose whether tiles come in windows, unless the job says so.
+def _with_window(job: Job, window_tiles: int | None) -> Job:
+    return job.model_copy(update={"train": job.train.model_copy(update={"window_tiles": window_tiles})})
 
-    A study that has begun goes on as it is: the order of tiles is part of its runs.
-    """
+
+def _asked(job: Job, folder: StudyFolder) -> Job:
+    """Take from the study, where it has settled that, whether tiles come in windows; unless the job says so."""
+    if job.train.window_tiles is None and folder.job.exists():
+        return _with_window(job, folder.read_job().train.window_tiles)
+    return job
+
+
+def _settled(job: Job, tiles: tuple[int, int], memory: Allowed) -> Job:
+    """Choose whether tiles come in windows, unless that is settled; not in windows of less than a batch."""
     if job.train.window_tiles is not None:
         return job
-    if folder.is_begun:
-        window = folder.read_job().train.window_tiles
-    elif held_bytes(*tiles, None) > memory.bytes:
-        window = window_that_fits(tiles[1], memory)
-    else:
-        window = None
-    return job.model_copy(update={"train": job.train.model_copy(update={"window_tiles": window})})
+    window = 0 if held_bytes(*tiles, None) <= memory.bytes else window_that_fits(tiles[1], memory)
+    return _with_window(job, window if window >= job.train.batch_size else 0)
 
 
-def claim_study(plan: StudyPlan) -> None:
+def claim_study(plan: StudyPlan, stages: Sequence[str] = STAGES) -> None:
     """Bind the study's folder to its job file and its split, or check that it is bound to them.
+
+    Whether tiles come in windows is settled with the first training that is asked for, before any job of it begins: the
+    order of tiles is part of the runs, whose later ones may be trained where there is more memory, or less.
 
     Raises
     ------
     UsageError
-        The folder belongs to another job file or split.
+        The folder belongs to another job file or split, or the tiles of missing runs don't fit into the memory.
     """
-    plan.folder.claim(plan.job)
+    if "train" in stages and plan.missing and plan.too_large:
+        raise UsageError(plan.too_large)
+    plan.folder.claim(plan.job if "train" in stages else plan.asked)
     if not plan.folder.plates.exists() or read_json(plan.folder.plates) != plan.plates:
         write_json(plan.folder.plates, plan.plates)
     path = plan.folder.folds

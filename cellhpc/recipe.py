@@ -173,10 +173,11 @@ class TrainSettings(Settings):
     """`raw`: the network sees 0..255, as in the paper; `keras`: scaled as keras.applications does for the network."""
     predict_rotations: bool = False
     """Average the predictions of a tile over its eight rotations and mirrors."""
-    window_tiles: int | None = Field(None, ge=1)
+    window_tiles: int | None = Field(None, ge=0)
     """Tiles of a shuffled window: they are read from their shards, a window after the other, and a host holds two; the
-    more, the better shuffled. By default all tiles are in memory where they fit, else windows are as large as fits;
-    the plan says which. It changes the order of tiles: a study goes on as its first run began, on whatever machine."""
+    more, the better shuffled. With 0, all tiles are in memory. By default they are if they fit, else windows have the
+    largest power of two that fits, at most 8,192; the plan says which. As it changes the order of tiles, a study keeps
+    what its first training began with."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers that the backbone computes with (Keras's mixed precision); weights, logits, loss and probabilities are
@@ -222,6 +223,10 @@ class TrainSettings(Settings):
         """Whether the backbone says the same of a tile in every step of every run that starts with its weights."""
         how = self.augment
         return self.trained == "head" and not (how.rotations or how.gains or how.blur or how.noise)
+
+    def identity(self) -> dict[str, Any]:
+        """Give what the digest of a run covers: not where settings came from; in memory is in memory."""
+        return {**self.model_dump(mode="json", exclude={"preset"}), "window_tiles": self.window_tiles or None}
 
     def graph(self) -> TrainSettings:
         """Give these settings with the defaults for those that only the steps know: what a compiled network is of."""

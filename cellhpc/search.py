@@ -138,12 +138,11 @@ def train_chosen(
 
 def _run_of(run: Run, candidate: Candidate) -> Run:
     """Make the inner training of a candidate."""
-    settings = candidate.settings.model_dump(mode="json", exclude={"preset"})
     return replace(
         run,
         id=f"{run.id}/{SEARCH}/{candidate.name}",
         fold=run.fold.searching(),
-        digest=digest({"search_of": run.digest, "train": settings}),
+        digest=digest({"search_of": run.digest, "train": candidate.settings.identity()}),
     )
 
 

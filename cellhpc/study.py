@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from cellhpc.settings import Job, parse_job
 LOCK = ".lock"
 FIXED_SECTIONS = ("screen", "convert", "folds", "train", "search")
 """Sections that a study's folder is bound to; a sweep may grow, and results may be aggregated anew."""
-UNTIL_BEGUN = "train.window_tiles"
-"""Key that may change until a run has begun: it is chosen for the memory of where the runs will be."""
+SETTLED_LATER = "train.window_tiles"
+"""Key that may be open (None) until the first training is asked for: then it is settled for where the runs will be."""
 FREE_KEYS = {
     *("screen.path", "screen.tables", "convert.store", "convert.on_bad_field", "convert.controls"),
     *("convert.archive", "convert.archive_codec", "convert.archive_pixel_um", "train.preset"),
@@ -66,11 +65,6 @@ class StudyFolder:
         """Scores, tables, figures and the report."""
         return self.path / "results"
 
-    @property
-    def is_begun(self) -> bool:
-        """Whether a run has begun."""
-        return self.runs.is_dir() and any(self.runs.iterdir())
-
     def read_job(self) -> Job:
         """Read the resolved job file."""
         return parse_job(read_json(self.job), str(self.job))
@@ -98,11 +92,10 @@ class StudyFolder:
             write_json(self.job, document)
             return
         known = read_json(self.job)
-        free = FREE_KEYS if self.is_begun else {*FREE_KEYS, UNTIL_BEGUN}
         differing = [
             line
             for section in FIXED_SECTIONS
-            for line in _differences(section, known.get(section, {}), document[section], free)
+            for line in _differences(section, known.get(section, {}), document[section])
         ]
         if known["study"]["name"] != job.study.name:
             differing.insert(0, f"study.name is {job.study.name!r}, there {known['study']['name']!r}")
@@ -141,13 +134,13 @@ class StudyFolder:
             return True
 
 
-def _differences(where: str, known: Any, now: Any, free: Set[str]) -> list[str]:
-    if where in free:
+def _differences(where: str, known: Any, now: Any) -> list[str]:
+    if where in FREE_KEYS or (where == SETTLED_LATER and known is None):
         return []
     if isinstance(known, dict) and isinstance(now, dict):
         return [
             line
             for key in sorted({*known, *now})
-            for line in _differences(f"{where}.{key}", known.get(key), now.get(key), free)
+            for line in _differences(f"{where}.{key}", known.get(key), now.get(key))
         ]
     return [] if known == now else [f"{where} is {now!r}, there {known!r}"]

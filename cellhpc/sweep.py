@@ -43,6 +43,11 @@ def tile_sizes_px(job: Job) -> tuple[int, ...]:
     return tuple(sorted({job.sweep.tile_px or network.side_px for network in networks(job)}))
 
 
+def runs_of(job: Job, folds: Folds) -> int:
+    """Count the runs of a study."""
+    return len(job.sweep.networks) * len(job.sweep.weights) * len(job.sweep.seeds) * len(folds.folds)
+
+
 def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = None) -> list[Run]:
     """List the runs of a study, network by network so that neighbours can share a compiled graph.
 
@@ -67,7 +72,7 @@ def plan_runs(job: Job, folds: Folds, content_digest: str, ranks: int | None = N
     slugs = [network.slug for network in swept]
     if len(set(slugs)) != len(slugs):
         raise UsageError(f"sweep.networks names a network twice: {', '.join(slugs)}.")
-    settings = job.train.model_dump(mode="json", exclude={"preset"})  # what it gave is in the other keys
+    settings = job.train.identity()
     starts = [(weights, initialisation(weights), weights_digest(weights)) for weights in job.sweep.weights]
     runs = []
     for network in swept:

@@ -113,6 +113,11 @@ def test_the_plan_is_told_and_slurm_is_asked_without_submitting(
     images = 4 * 8 * 16 * (36 * 4 // 16)  # folds, epochs, batch, batches of what is left
     predicted = 4 * 8 * 12 * 4  # what each fold holds out, after every epoch; no faster than training, as not measured
     assert cost["wall_seconds"] == pytest.approx((images + predicted) / 10)
+    small = site.read_text().replace("nodes = 2", "nodes = 2\nmemory_gb = 0.0005")
+    (tmp_path / "small.toml").write_text(small)
+    told = night.cellhpc("run", night.job, "--site", tmp_path / "small.toml", "--dry-run")
+    assert "0 MB are for tiles (60% of the 0.0 GB of train.memory_gb of the site file)" in told.stdout
+    assert "don't fit: they come in windows" in told.stdout
     asked = night.cellhpc("run", night.job, "--site", site, "--test-only")
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.count("to start at") == 3

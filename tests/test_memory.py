@@ -38,12 +38,13 @@ def test_a_share_of_it_is_for_tiles_and_jobs_divide_it() -> None:
 
 def test_what_does_not_fit_names_a_window_that_does() -> None:
     limit = allowed(None, (10e9, "x"))
-    assert held_bytes(1000, 100, None) == 100_000
+    assert held_bytes(1000, 100, None) == held_bytes(1000, 100, 0) == 100_000
     assert held_bytes(1000, 100, 30) == held_bytes(30, 100, 4000) * 2 // 2 == 6000
     assert not too_large(6_000_000_000, 150_528, limit, None)
     said = too_large(6_000_000_001, 1_000_000, limit, None)
     assert said.startswith("The tiles take 6.00 GB on a host, and 6.00 GB are for them (60% of the 10.0 GB of x).")
-    assert "--set train.window_tiles=2048" in said
+    assert "--set train.window_tiles=2048, in a new study.folder with convert.store of this one; or" in said
+    assert "train.window_tiles=2048; or" in too_large(6_000_000_001, 1_000_000, limit, 0, bound=False)
     assert window_that_fits(1_000_000, limit) == 2048  # 3,000 would fit
     assert window_that_fits(1, limit) == 8192
     assert window_that_fits(10**12, limit) == 1

@@ -238,7 +238,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, raw: Path, 
     job = job_file(tmp_path, raw)
     told = cellhpc("run", job, "--dry-run")
     assert told.returncode == 0, told.stderr
-    said = ("72 fields", "288 tiles", "folds   6", "runs    6", "steps   180", "memory  of tiles on a host ")
+    said = ("72 fields", "288 tiles", "folds   6", "runs    6", "steps   180", "memory  of all tiles on a host ")
     for part in (*said, "Nothing has been written"):
         assert part in told.stdout
     facts = json.loads(cellhpc("run", job, "--dry-run", "--json").stdout)
@@ -277,10 +277,12 @@ def test_tiles_that_do_not_fit_come_in_windows_and_a_study_goes_on_as_it_began(
     more = settings("sweep.stage=true", "sweep.tensorboard=true", "sweep.attributions=1")
     small, ample = settings("sweep.memory_gb=0.0005"), settings("sweep.memory_gb=0.1")
     # 288 tiles of 3,072 bytes; two windows of 64 fit into half a megabyte, where 128 would not.
-    told = "of two windows of 64 tiles (train.window_tiles) on a host 0 MB, of all\n          tiles 1 MB; 0"
-    assert told in cellhpc("train", job, *store, *small, "--dry-run").stdout
-    assert "of tiles on a host 1 MB, and 100 MB" in cellhpc("train", job, *store, *ample, "--dry-run").stdout
-    assert cellhpc("convert", job, *store, *ample).returncode == 0  # binds the folder; no run has begun yet
+    told = cellhpc("train", job, *store, *small, "--dry-run").stdout
+    assert "of two windows of 64 tiles on a host 0 MB; 0 MB are for tiles (sweep.memory_gb)" in told
+    assert "all tiles, 1 MB, don't fit: they come in windows (train.window_tiles)" in told
+    assert "of all tiles on a host 1 MB; 100 MB" in cellhpc("train", job, *store, *ample, "--dry-run").stdout
+    assert cellhpc("convert", job, *store, *ample).returncode == 0  # binds the folder, but settles no window
+    assert read_json(tmp_path / "study" / "job.json")["train"]["window_tiles"] is None
     done = cellhpc("run", job, *store, *more, *small)
     assert done.returncode == 0, done.stderr
     assert "tiles in windows of 64" in done.stderr
@@ -297,6 +299,8 @@ def test_tiles_that_do_not_fit_come_in_windows_and_a_study_goes_on_as_it_began(
     other = cellhpc("run", job, *store, *more, *ample, *settings("train.window_tiles=32"))
     assert other.returncode == 2
     assert "train.window_tiles is 32, there 64" in other.stderr
+    assert cellhpc("convert", job, *store, *more, *ample).returncode == 0  # what is settled stays
+    assert read_json(study / "job.json")["train"]["window_tiles"] == 64
 
 
 def test_a_study_that_began_in_memory_says_where_it_can_not_go_on(
@@ -305,10 +309,11 @@ def test_a_study_that_began_in_memory_says_where_it_can_not_go_on(
     shutil.copytree(finished[0] / "study", tmp_path / "study")
     shutil.rmtree(next((tmp_path / "study" / "runs").glob("*_f03")))
     job, small = job_file(tmp_path, raw), settings("sweep.memory_gb=0.0005")
+    assert read_json(tmp_path / "study" / "job.json")["train"]["window_tiles"] == 0
     told = "Read them in windows with --set train.window_tiles=64, in a new study.folder"
     assert told in cellhpc("run", job, *small, "--dry-run").stdout
     refused = cellhpc("run", job, *small)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert told in refused.stderr
     assert "Traceback" not in refused.stderr
 

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 from scipy.spatial.distance import cosine
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info
 
 from cellhpc.backbone import choose_source
 from cellhpc.convert import convert, plan_conversion
 from cellhpc.errors import DataError, UsageError
 from cellhpc.features import write_features
-from cellhpc.profiles import baseline, folds, neighbours, predict, render_baseline, require_untaught
+from cellhpc.profiles import baseline, folds, neighbours, predict, regression, render_baseline, require_untaught
 from cellhpc.scores import combine
 from cellhpc.screens import read_screen
 from cellhpc.settings import load_job
@@ -157,6 +158,20 @@ def test_in_the_real_tables_92_of_103_treatments_can_be_scored_without_their_wee
     values = np.random.default_rng(0).normal(size=(len(tiles), 3))
     assert (neighbours(tiles, values, "compound")["call"] != "").sum() == 103
     assert (neighbours(tiles, values, "compound_and_batch")["call"] != "").sum() == 92
+
+
+def test_regression_is_in_one_thread_and_gives_the_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> int:
+        return max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    seen = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda *words: seen.append(threads()) or fit(*words))
+    before = threads()
+    values, labels = np.random.default_rng(0).normal(size=(40, 3)), np.repeat(["a", "b"], 20)
+    assert regression(values, labels, values[:5]).sum(axis=1) == pytest.approx(np.ones(5))
+    assert seen == [1]
+    assert threads() == before
 
 
 def test_frozen_features_reach_the_known_figures_on_real_fields(cellhpc_data: Path, tmp_path: Path) -> None:

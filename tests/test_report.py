@@ -307,6 +307,19 @@ class TestFullPage:
         assert outline.open == []
         assert {link[1:] for link in outline.links if link.startswith("#")} <= set(re.findall(r' id="([^"]+)"', page))
 
+    def test_a_page_of_very_many_labels_is_small_too(self, made: MadeUp) -> None:
+        many = copy.deepcopy(made.document)
+        many["classes"] = [f"label {number}" for number in range(3000)]
+        many["abbreviations"] |= {name: name for name in many["classes"]}
+        row = many["models"][0]["by_label"][0]
+        for model in many["models"]:
+            model["by_label"] = [{**row, "label": name} for name in many["classes"]]
+        large = {name: picture + b"0" * 800_000 for name, picture in list(made.pictures.items())[:4]}
+        page = render_report(many, {**made.pictures, **large})
+        assert len(page.encode()) <= PAGE_BYTES
+        assert re.search(r"The first \d+ of 3,000, .*href=\"by_label.csv\"", page)
+        assert Outline(page).open == []
+
     def test_figures_that_are_too_large_are_linked(self, made: MadeUp) -> None:
         large = {**made.pictures, "montage": made.pictures["montage"] + b"0" * 2_000_000}
         page = render_report(made.document, large)

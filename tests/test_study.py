@@ -40,13 +40,13 @@ def test_a_sweep_may_grow(tmp_path: Path) -> None:
     study.claim(job(study.path, sweep={"seeds": [0, 1]}, aggregate={"combine": "median"}))
 
 
-def test_windows_may_be_chosen_anew_until_a_run_has_begun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settled", [0, 64])
+def test_windows_are_settled_once(tmp_path: Path, settled: int) -> None:
     study = StudyFolder(tmp_path / "study")
     study.claim(job(study.path))
-    study.claim(job(study.path, train={"window_tiles": 64}))
-    assert study.read_job().train.window_tiles == 64
-    (study.runs / "a_run").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"train.window_tiles is 32, there 64"):
+    study.claim(job(study.path, train={"window_tiles": settled}))
+    assert study.read_job().train.window_tiles == settled
+    with pytest.raises(UsageError, match=rf"train.window_tiles is 32, there {settled}"):
         study.claim(job(study.path, train={"window_tiles": 32}))
 
 

@@ -25,11 +25,14 @@ PAGE_BYTES = 4_900_000
 FIGURES_BYTES = 3_600_000
 """Bytes of the figures on the page; those that don't fit are linked, the files lie beside it."""
 
-_EVER_LESS: tuple[tuple[str, int | None], ...] = (
-    *(("all", None), ("wrong", None), ("none", None)),
-    *(("none", rows) for rows in (1000, 300, 100, 30)),
+_EVER_LESS: tuple[tuple[str, int | None, int], ...] = (
+    *((sections_of, None, FIGURES_BYTES) for sections_of in ("all", "wrong", "none")),
+    *(("none", rows, FIGURES_BYTES) for rows in (1000, 300, 100, 30)),
+    ("none", 30, 0),
 )
-"""Which compounds have a section, and how many rows long tables have, until the page is small enough."""
+"""Which compounds have a section, how many rows long tables have, and bytes of figures, until the page is small."""
+_SETTING_LETTERS = 1000
+"""Letters of a setting on the page, at most."""
 
 REPEAT_SHOWN = 20
 """Treatments of a model that the page ranks for repetition; a table beside it has all."""
@@ -85,7 +88,6 @@ def render_report(
         "scores": document,
         "levels": [level for level in SHOWN_LEVELS if any(level in model["levels"] for model in document["models"])],
         "several": max(len(model["seeds"]) for model in document["models"]) > 1,
-        **_embedded(pictures),
         "settings": dict(_flat(document["settings"])),
         "chosen": _chosen(document["search"]),
         "curves_caption": figures.CURVES_CAPTION,
@@ -99,17 +101,22 @@ def render_report(
     }
     template = _environment().get_template("page.html.j2")
 
-    def rendered(shown: Gallery, sections_of: str, rows: int | None) -> str:
-        compounds = compounds_of(document, tables or {}, p_values or {}, shown)
+    def rendered(shown: Gallery, compounds: Sequence[Compound], sections_of: str, rows: int | None, room: int) -> str:
         told = [one if _has_section(one, sections_of) else replace(one, treatments=()) for one in compounds]
-        return template.render(**known, **_of_compounds(told, rows), sections_of=sections_of, rows=rows, gallery=shown)
+        told_of = {**_of_compounds(told, rows), **_embedded(pictures, room)}
+        return template.render(**known, **told_of, sections_of=sections_of, rows=rows, gallery=shown)
+
+    def compounds(shown: Gallery) -> Sequence[Compound]:
+        return compounds_of(document, tables or {}, p_values or {}, shown)
 
     whole = gallery or Gallery()
-    for sections_of, rows in _EVER_LESS:
-        page = rendered(whole.within(0), sections_of, rows)
+    without = whole.within(0)
+    known_of_all = compounds(without)
+    for less in _EVER_LESS:
+        page = rendered(without, known_of_all, *less)
         if (room := PAGE_BYTES - len(page.encode())) >= 0:
             break
-    return rendered(whole.within(room), sections_of, rows) if whole.shown else page
+    return rendered(shown := whole.within(room), compounds(shown), *less) if whole.shown else page
 
 
 @functools.cache
@@ -166,11 +173,11 @@ def _of_compounds(compounds: Sequence[Compound], rows: int | None) -> dict[str, 
     }
 
 
-def _embedded(pictures: Mapping[str, bytes]) -> dict[str, Any]:
+def _embedded(pictures: Mapping[str, bytes], room: int) -> dict[str, Any]:
     """Encode the figures for the page, those of single models and the montage last, as long as there is room."""
     later = [name for name in pictures if name.startswith("confusion-")] + ["montage"]
     order = [name for name in pictures if name not in later] + [name for name in later if name in pictures]
-    found, linked, room = {}, [], FIGURES_BYTES
+    found, linked = {}, []
     for name in order:
         size = 4 * len(pictures[name]) // 3
         if size <= room:
@@ -199,5 +206,7 @@ def _flat(document: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]
         if isinstance(value, Mapping) and value:
             pairs += _flat(value, f"{above}{key}.")
         elif value not in (None, [], {}):
-            pairs.append((f"{above}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value))
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            cut = text if len(text) <= _SETTING_LETTERS else f"{text[:_SETTING_LETTERS]}… (all of it in scores.json)"
+            pairs.append((f"{above}{key}", cut))
     return pairs
