@@ -125,25 +125,34 @@ def at_temperature(probabilities: NDArray, temperature: float | NDArray) -> NDAr
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def tempered(probabilities: NDArray, truth: NDArray, compounds: NDArray) -> tuple[NDArray, dict[Any, float]]:
-    """Temper each compound with the temperature that fits the other compounds best: its own truth takes no part.
+def tempered(
+    probabilities: NDArray, truth: NDArray, compounds: NDArray, folds: NDArray | None = None
+) -> tuple[NDArray, dict[tuple[Any, Any], float]] | None:
+    """Temper each compound with the temperature that fits other compounds of other folds best.
+
+    Its own truth takes no part, nor that of what was held out together with it.
+
+    Parameters
+    ----------
+    probabilities, truth
+        Of each treatment (treatments, classes), and the number of its class (treatments,).
+    compounds, folds
+        Those of each treatment (treatments,); without folds, or with a single one, each compound is one.
 
     Returns
     -------
-    tuple
-        The tempered probabilities (treatments, classes), and the temperature of each compound.
-
-    Raises
-    ------
-    ValueError
-        There are not two compounds.
+    tuple or None
+        The tempered probabilities (treatments, classes), and the temperature of each compound and fold; None where one
+        has no other compound in another fold.
     """
-    names = list(dict.fromkeys(compounds))
-    if len(names) < 2:
-        raise ValueError("A temperature is fitted on other compounds: it takes two at least")
-    own = {name: np.asarray(compounds) == name for name in names}
-    temperatures = {name: fit_temperature(probabilities[~own[name]], truth[~own[name]]) for name in names}
-    return at_temperature(probabilities, np.array([temperatures[name] for name in compounds])), temperatures
+    compounds = np.asarray(compounds)
+    folds = compounds if folds is None or len(set(folds)) < 2 else np.asarray(folds)
+    of = list(zip(compounds.tolist(), folds.tolist(), strict=True))
+    others = {(compound, fold): (compounds != compound) & (folds != fold) for compound, fold in dict.fromkeys(of)}
+    if not all(mask.any() for mask in others.values()):
+        return None
+    temperatures = {unit: fit_temperature(probabilities[mask], truth[mask]) for unit, mask in others.items()}
+    return at_temperature(probabilities, np.array([temperatures[unit] for unit in of])), temperatures
 
 
 def _logarithms(probabilities: NDArray) -> NDArray:

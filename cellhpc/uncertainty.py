@@ -99,9 +99,9 @@ def assess(
     Assessment
         Its document has None for what the study is too small for:
 
-        - `calibration`: what `calibration.calibration` gives, and `after_temperature` (None for one compound): the
-          same after each compound was tempered by the others, and `temperatures` with `lowest`, `median`, `highest`
-          over compounds.
+        - `calibration`: what `calibration.calibration` gives, and `after_temperature`: the same after
+          each compound was tempered by others of other folds (None where there are none), and `temperatures` with
+          `lowest`, `median`, `highest` over them.
         - `conformal`: what `conformal.conformal` gives; None for one compound.
         - `decomposition`: `members`, `kind`, and the means over treatments of `entropy`, `aleatoric`, `epistemic`; None
           for fewer than two members.
@@ -134,11 +134,14 @@ def assess(
     if several:
         marginal = p_values(values, truth, compounds, calibrates=known)
         by_label = p_values(values, truth, compounds, by_label=True, calibrates=known)
+    folds = table["fold"].to_numpy() if "fold" in table else None
     repeat = _repeat(table, classes, values, parts, marginal, members, kind, known)
     document: dict[str, Any] = dict.fromkeys(("calibration", "conformal", "decomposition", "rejection"))
     if known.any():
         wrong = (table["call"] != table["label"]).to_numpy()
-        document["calibration"] = _calibration(values[known], truth[known], compounds[known], ~wrong[known])
+        document["calibration"] = _calibration(
+            values[known], truth[known], compounds[known], ~wrong[known], None if folds is None else folds[known]
+        )
         document["rejection"] = rejection(parts["entropy"][known], wrong[known])
     if marginal is not None and by_label is not None:
         found = conformal(
@@ -168,7 +171,7 @@ def split_of(treatments: pd.DataFrame, by: str) -> Split:
     """
     if by == "compound":
         return "compound"
-    if "fold" not in treatments or treatments["fold"].nunique() < 2:
+    if not by or "fold" not in treatments or treatments["fold"].nunique() < 2:
         return "unknown"
     return "shared" if (treatments.groupby("compound")["fold"].nunique() > 1).any() else "compound"
 
@@ -278,11 +281,13 @@ def _area(unknown: NDArray, uncertainty: NDArray) -> float | None:
     return float(roc_auc_score(unknown, uncertainty)) if unknown.any() and not unknown.all() else None
 
 
-def _calibration(values: NDArray, truth: NDArray, compounds: NDArray, right: NDArray) -> dict[str, Any]:
+def _calibration(
+    values: NDArray, truth: NDArray, compounds: NDArray, right: NDArray, folds: NDArray | None
+) -> dict[str, Any]:
     after = None
-    if len(set(compounds)) > 1:
-        changed, by_compound = tempered(values, truth, compounds)
-        found = list(by_compound.values())
+    if (scaled := tempered(values, truth, compounds, folds)) is not None:
+        changed, temperatures_of = scaled
+        found = list(temperatures_of.values())
         temperatures = {"lowest": min(found), "median": float(np.median(found)), "highest": max(found)}
         after = {**calibration(changed, truth, right=right), "temperatures": temperatures}
     return {**calibration(values, truth, right=right), "after_temperature": after}

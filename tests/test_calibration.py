@@ -91,8 +91,8 @@ def test_a_compound_is_tempered_by_the_others() -> None:
     probabilities, truth, compounds = made_up(sharpness=3.0)
     changed, temperatures = calibration.tempered(probabilities, truth, compounds)
     own = compounds == 7
-    assert temperatures[7] == calibration.fit_temperature(probabilities[~own], truth[~own])
-    expected = probabilities[own] ** (1 / temperatures[7])
+    assert temperatures[7, 7] == calibration.fit_temperature(probabilities[~own], truth[~own])
+    expected = probabilities[own] ** (1 / temperatures[7, 7])
     np.testing.assert_allclose(changed[own], expected / expected.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(changed.sum(axis=1), 1)
     assert (changed.argmax(axis=1) == probabilities.argmax(axis=1)).all()
@@ -104,11 +104,32 @@ def test_a_compounds_own_label_does_not_change_its_temperature() -> None:
     otherwise = np.where(compounds == 7, (truth + 1) % CLASSES, truth)
     before, temperatures = calibration.tempered(probabilities, truth, compounds)
     after, changed = calibration.tempered(probabilities, otherwise, compounds)
-    assert changed[7] == temperatures[7]
-    assert changed[8] != temperatures[8]
+    assert changed[7, 7] == temperatures[7, 7]
+    assert changed[8, 8] != temperatures[8, 8]
     np.testing.assert_array_equal(after[compounds == 7], before[compounds == 7])
 
 
 def test_one_compound_has_no_others() -> None:
-    with pytest.raises(ValueError, match="two at least"):
-        calibration.tempered(np.full((2, 2), 0.5), np.array([0, 1]), np.array(["a", "a"]))
+    assert calibration.tempered(np.full((2, 2), 0.5), np.array([0, 1]), np.array(["a", "a"])) is None
+
+
+def test_what_was_held_out_together_does_not_serve_itself() -> None:
+    """Four compounds in two folds, as of two cell lines: others are those that the other fold held out."""
+    probabilities, truth, compounds = made_up(sharpness=3.0)
+    folds = np.where(compounds % 2, "odd", "even")
+    both = calibration.tempered(probabilities, truth, compounds, folds)
+    assert both is not None
+    changed, temperatures = both
+    other = folds == "even"
+    assert temperatures[7, "odd"] == temperatures[5, "odd"]
+    assert temperatures[7, "odd"] == calibration.fit_temperature(probabilities[other], truth[other])
+    otherwise = np.where(compounds == 5, (truth + 1) % CLASSES, truth)
+    again = calibration.tempered(probabilities, otherwise, compounds, folds)
+    assert again is not None
+    np.testing.assert_array_equal(again[0][compounds == 7], changed[compounds == 7])
+    twice = np.arange(len(compounds)) % 2  # each compound is in both folds
+    crossed = calibration.tempered(probabilities, truth, compounds, twice)
+    assert crossed is not None
+    others = (compounds != 7) & (twice == 1)
+    assert crossed[1][7, 0] == calibration.fit_temperature(probabilities[others], truth[others])
+    assert calibration.tempered(probabilities, truth, folds, twice * 0) is not None  # a single fold says nothing

@@ -121,7 +121,8 @@ def test_what_networks_had_seen_of_a_compound_is_told_by_the_folds(table: pd.Dat
     replicates = table.assign(fold=[str(number % 2) for number in range(len(table))])
     assert replicates.groupby("compound")["fold"].nunique().max() == 2
     assert uncertainty.split_of(table, "") == "unknown"
-    assert uncertainty.split_of(by_compound, "") == "compound"
+    assert uncertainty.split_of(by_compound, "") == "unknown"  # what was trained on is not known
+    assert uncertainty.split_of(by_compound, "cell_line") == "compound"
     assert uncertainty.split_of(replicates, "replicate") == "shared"
     assert uncertainty.split_of(replicates[replicates["fold"] == "0"], "replicate") == "unknown"
     assert uncertainty.split_of(by_compound[by_compound["fold"] == "AZ-A"], "compound") == "compound"
