@@ -4,6 +4,8 @@ A table (CSV, TSV or Parquet) has one row a tile, field, well or treatment: its 
 and one column of probability for each class, named `p_<class>` or as the label itself. It may say more: `unit`,
 `treatment`, `plate`, `well`, `field`, `tile`, `batch`, `replicate`, `fold`, `model`, `initialisation` and `seed`.
 What is not there is made of what is: a treatment of compound and concentration, a well of treatment and replicate.
+With `trained_on`, the compounds that the network of a row was trained on, separated by semicolons, no row may predict
+one of them.
 
 Into the results folder go the files that `cellhpc.aggregate` describes, but for learning curves and what runs alone can
 tell. `scores.json` has instead::
@@ -17,6 +19,7 @@ tell. `scores.json` has instead::
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +41,12 @@ from cellhpc.tally import ModelTally, Predicted
 
 GIVEN = "from a table"
 """Initialisation of a model whose table does not tell it."""
+UNSEEN = "The predictions were given: what was trained on is not known here, and a leak can't be seen."
 _NUMBERS = ("concentration", "field", "tile", "seed")
+_WHOLE = (
+    "compound", "label", "treatment", "concentration", "well", "fold", "model", "initialisation", "trained_on",
+)  # fmt: skip
+"""Columns that, where they are there, every row has a value of."""
 
 
 def read_predictions(
@@ -82,6 +90,7 @@ def read_predictions(
     )
     _require_columns(path, table, raw)
     _refuse_two_labels(path, table)
+    _refuse_leaks(path, table)
     table = _complete(table)
     columns = list(classes) or [str(name) for name in raw if str(name).startswith(PREFIX)]
     columns = columns or [str(name) for name in raw if str(name) in set(table["label"])]
@@ -141,6 +150,8 @@ def score_predictions(
     if ledger.is_done(folder, inputs) and (folder / "scores.json").exists():
         document: dict[str, Any] = ledger.read_json(folder / "scores.json")
         return document
+    checked = "trained_on" in table
+    table = table.drop(columns="trained_on", errors="ignore")
     split = _split_differently(table) if "fold" in table else []
     if split:  # what one leaves out together, another does not
         table = table.drop(columns="fold")
@@ -149,7 +160,7 @@ def score_predictions(
     with GrowingTables(folder) as tables:
         for name, own in _models(table, path.stem).items():
             members = {seed: _member(part, found) for seed, part in _seeds(own).items()}
-            models[name] = ModelTally(found, how)
+            models[name] = ModelTally(found, how, "compound" if checked else "")
             ladder, climbed = models[name].add(members)
             tables.add(name, ladder, climbed)
             asked.append(ladder.table)
@@ -161,7 +172,7 @@ def score_predictions(
     treatments = pd.concat(asked, ignore_index=True)
     described = [name for name in ("fold", "treatment", "compound", "label", "batch") if name in treatments]
     treatments = treatments[described].drop_duplicates()
-    cautions = ["The predictions were given: what was trained on is not known here, and a leak can't be seen."]
+    cautions = [] if checked else [UNSEEN]
     cautions += split or (caution_of_shared(treatments, "fold") if by == "fold" else [])
     missing = sorted({name for entry in entries for of in entry["by_seed"].values() for name in of["folds"]["missing"]})
     lacking = [f"Incomplete: {by} {listing(missing, 6)} not predicted by every model and seed."] if missing else []
@@ -173,6 +184,7 @@ def score_predictions(
         "headline": lacking + headline(entries, by) + cautions,
         "cautions": cautions,
         "combine": how,
+        "curves_combined": [],
         "classes": found,
         "abbreviations": figures.abbreviate(found),
         "folds": {
@@ -187,7 +199,7 @@ def score_predictions(
         "table": {**about, "level": next(iter(ladder.units))},
         "models": entries,
         "comparisons": comparisons(treatments_of),
-        "ensembles": ensembles(treatments_of),
+        "ensembles": ensembles(treatments_of, found),
         "baselines": scores.baselines(treatments, found),
         "conversion": {},
         "quality": {},
@@ -232,8 +244,7 @@ def _require_columns(path: Path, table: pd.DataFrame, raw: pd.DataFrame) -> None
             [f"no column {name}" for name in missing],
             f"Found: {listing(raw.columns, 30)}. Say what is called otherwise, as --label-column NAME.",
         )
-    always = ("compound", "label", "treatment", "concentration", "well", "fold", "model", "initialisation")
-    for name in (name for name in always if name in table):
+    for name in (name for name in _WHOLE if name in table):
         if (gaps := table[name].isna()).any():
             lines = [f"line {row + 2}" for row in np.flatnonzero(gaps)]
             raise DataError(f"{path}: {len(lines)} of {len(table)} rows have no {name}.", lines)
@@ -266,6 +277,21 @@ def _refuse_two_labels(path: Path, table: pd.DataFrame) -> None:
             f"{path}: a compound has one label, but some have several.",
             [f"{compound}: {listing(own)}" for compound, own in several.items()],
             "Where doses of one compound do different things, name a column that tells them apart: --compound-column.",
+        )
+
+
+def _refuse_leaks(path: Path, table: pd.DataFrame) -> None:
+    """Refuse rows of compounds that their network was trained on, where that is said."""
+    if "trained_on" not in table:
+        return
+    learnt = {text: {name.strip() for name in text.split(";")} for text in table["trained_on"].unique()}
+    pairs = zip(table["compound"], table["trained_on"], strict=True)
+    leaks = Counter(compound for compound, text in pairs if compound in learnt[text])
+    if leaks:
+        raise DataError(
+            f"{path}: {leaks.total()} row(s) predict a compound that their network was trained on: a leak.",
+            [f"{compound}: {count} row(s)" for compound, count in leaks.items()],
+            "Such calls are no held-out accuracy. Leave these rows out, or mend trained_on.",
         )
 
 

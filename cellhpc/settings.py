@@ -354,7 +354,7 @@ class AggregateSettings(Settings):
 
 PREDICTION_COLUMNS = (
     "compound", "concentration", "unit", "label", "treatment", "plate", "well", "field", "tile", "batch", "replicate",
-    "fold", "model", "initialisation", "seed",
+    "fold", "model", "initialisation", "seed", "trained_on",
 )  # fmt: skip
 """What the columns of a table of predictions may say, for `cellhpc score`."""
 

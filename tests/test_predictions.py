@@ -134,6 +134,22 @@ def test_missing_folds_are_in_the_headline(tmp_path: Path) -> None:
     assert pair["treatments"] == 12
 
 
+def test_a_table_that_says_what_was_trained_on_is_checked_for_leaks(tmp_path: Path) -> None:
+    table = predictions()
+    every = sorted(set(table["compound"]))
+    others = {name: "; ".join(other for other in every if other != name) for name in every}
+    sound = table.assign(trained_on=table["compound"].map(others))
+    document = score_predictions(write(tmp_path, sound), tmp_path / "out")
+    assert document["cautions"] == []
+    leaky = sound.assign(trained_on=sound["trained_on"].where(sound["compound"] != "PP-2", "; ".join(every)))
+    with pytest.raises(DataError) as fault:
+        score_predictions(write(tmp_path, leaky), tmp_path / "other")
+    rows = int((table["compound"] == "PP-2").sum())
+    assert f"{rows} row(s) predict a compound that their network was trained on: a leak" in str(fault.value)
+    assert f"PP-2: {rows} row(s)" in str(fault.value)
+    assert not (tmp_path / "other").exists()
+
+
 def test_splits_that_can_not_be_right_are_named_in_the_headline(tmp_path: Path) -> None:
     table = predictions()
     table["fold"] = table["compound"]
