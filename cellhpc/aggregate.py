@@ -7,6 +7,8 @@
 - `treatments.csv`, `compounds.csv`, `wells.csv`, `fields.csv`: call and probabilities of every unit and model (wells
   and fields fold by fold, as they are scored); `by_label.csv`, `comparisons.csv`; `p_values.csv` of conformal
   prediction, `uncertainty.csv`, the entropies of every treatment, and `repeat.csv`, what to repeat in the lab;
+- `accuracy.csv`, `calibration.csv`, `reliability.csv`, `conformal.csv`, `rejection.csv`, `curves.csv`, `unknown.csv`:
+  what `scores.json` says, as tables (`cellhpc.score_tables`);
 - `confusion-<model>.png|svg|csv` and `confusion.png|svg`, all models side by side;
 - `learning-curves.png|svg`; `reliability`, `conformal` and `rejection.png|svg` where there is enough for them;
 - `montage.png`, tiles by label, and `outliers.csv`, the fields that stand out of their plate (`cellhpc.outliers`);
@@ -20,6 +22,7 @@
     combine, classes, abbreviations, folds.{by, also, sha256, total}, runs.{done, expected, missing}
     folds.not_scorable            with `folds.also`: what can't be held out, and its treatments
     folds.unknown                 whether each fold leaves a label out altogether: what is of that label is not counted
+    curves_combined               the rules by which the runs counted calls after an epoch; usually one, as `combine`
     models[]                      one for each network and initialisation
       network, initialisation, weights, slug, seeds
       levels_of                   "seed 0", or "ensemble of 3 seeds (mean probability of each tile)"
@@ -39,7 +42,7 @@
       a, b, units, compounds, treatments, a_only, b_only, both, neither
       difference, bootstrap95, p_value, test, mcnemar_p
     ensembles[]                   of all networks from one initialisation: mean probability of each treatment
-      name, networks, initialisation, treatment.{correct, ...}, wrong[]
+      name, networks, initialisation, treatment.{correct, ...}, confusion, wrong[]
     search[]                      with a `[search]`: what each run chose, and on what
       network, initialisation, seed, fold, values                           `values` as in `[search]`
       log_probability, fields.{correct, total, by_epoch}, inner             of inner compounds
@@ -183,6 +186,7 @@ def aggregate(
         "headline": incomplete + headline(entries, folds.by) + cautions,
         "cautions": cautions,
         "combine": how,
+        "curves_combined": sorted({run.combine for run in runs}),
         "classes": list(classes),
         "abbreviations": figures.abbreviate(classes),
         "folds": {
@@ -193,7 +197,7 @@ def aggregate(
         "runs": {"done": len(outputs), "expected": len(units), "missing": missing},
         "models": entries,
         "comparisons": comparisons(treatments_of),
-        "ensembles": ensembles(treatments_of),
+        "ensembles": ensembles(treatments_of, classes),
         **_searched(runs),
         "baselines": baselines,
         "conversion": dict(conversion or {}),

@@ -18,13 +18,14 @@ import numpy as np
 import pandas as pd
 
 from cellhpc.scores import PREFIX, combine
+from cellhpc.settings import How
 
 ATTRIBUTIONS = "attributions.npz"
 _TEXTS = ("treatment", "compound", "label", "call", "plate", "well")
 _NUMBERS = ("field", "tile")
 
 
-def wrong_tiles(predictions: pd.DataFrame, most: int, unknown: str = "") -> pd.DataFrame:
+def wrong_tiles(predictions: pd.DataFrame, most: int, unknown: str = "", how: How = "mean") -> pd.DataFrame:
     """Choose the tiles that spoke most for the wrong calls of a run.
 
     Parameters
@@ -35,6 +36,8 @@ def wrong_tiles(predictions: pd.DataFrame, most: int, unknown: str = "") -> pd.D
         Tiles of a treatment.
     unknown
         Label that has no right answer.
+    how
+        How tiles make the call of a treatment.
 
     Returns
     -------
@@ -43,7 +46,7 @@ def wrong_tiles(predictions: pd.DataFrame, most: int, unknown: str = "") -> pd.D
         with a further column `call`, the treatment's.
     """
     known = predictions[predictions["label"] != unknown]
-    treatments = combine(known, "mean")["treatment"]
+    treatments = combine(known, how)["treatment"]
     wrong = treatments[~treatments["correct"].to_numpy(dtype=bool)]
     parts = [known.iloc[:0].assign(call="")]
     for treatment, call in zip(wrong["treatment"], wrong["call"], strict=True):

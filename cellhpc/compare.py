@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from cellhpc.levels import KEYS, average_tables, combine
-from cellhpc.scores import draws, percentiles95, score
+from cellhpc.scores import confusion, draws, percentiles95, score
 
 TEST = "exact sign-flip permutation test over compounds, two-sided"
 _OF_CALLS = ["tiles", "call", "correct", "top2"]
@@ -114,19 +114,22 @@ def comparisons(models: Mapping[tuple[str, str], pd.DataFrame]) -> list[dict[str
     return found
 
 
-def ensembles(models: Mapping[tuple[str, str], pd.DataFrame]) -> list[dict[str, Any]]:
+def ensembles(models: Mapping[tuple[str, str], pd.DataFrame], classes: Sequence[str]) -> list[dict[str, Any]]:
     """Score the mean of all networks that start from the same weights: the mean probability of each treatment.
 
     Parameters
     ----------
     models
         Treatments of each model, by network and initialisation.
+    classes
+        All classes.
 
     Returns
     -------
     list
         For each initialisation of two networks or more: `name`, `networks`, `initialisation`, `treatment` as
-        `scores.entry` gives it, and `wrong`, the names of the treatments that are wrong. Treatments that a network was
+        `scores.entry` gives it, `confusion` as `scores.confusion` gives it, in rows, and `wrong`, the names of the
+        treatments that are wrong. Treatments that a network was
         not asked are left out.
     """
     found = []
@@ -143,7 +146,9 @@ def ensembles(models: Mapping[tuple[str, str], pd.DataFrame]) -> list[dict[str, 
             about = {"networks": list(tables), "initialisation": start}
             wrong = treatments.loc[~treatments["correct"], "treatment"].tolist()
             of = score({"treatment": treatments})
-            found.append({"name": f"mean of {len(tables)} networks, {start}", **about, **of, "wrong": wrong})
+            matrix = confusion(treatments, classes).to_numpy().tolist()
+            name = f"mean of {len(tables)} networks, {start}"
+            found.append({"name": name, **about, **of, "confusion": matrix, "wrong": wrong})
     return found
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Data:
     channels: tuple[str, ...]
     by: str = "compound"
 
-    @property
+    @cached_property
     def targets(self) -> np.ndarray:
         """Class number of each tile, int32 (n,)."""
         return np.searchsorted(np.array(self.classes), self.tiles["label"].to_numpy(dtype=str)).astype(np.int32)

@@ -70,10 +70,6 @@ ABBREVIATIONS = {
     "protein synthesis": "PS",
 }
 
-CURVES_CAPTION = (
-    "Held-out accuracy after each epoch: all folds pooled, probabilities combined by their mean. "
-    "It is drawn and never used to choose."
-)
 CONFUSION_CAPTION = "Hard calls of the treatments; zeros are left blank. Blue: right; orange: wrong."
 
 
@@ -164,7 +160,17 @@ def confusions_figure(matrices: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) -> Figure:
+def curves_caption(combined: Sequence[str]) -> str:
+    """Tell what learning curves show; `combined` are the rules by which runs combined probabilities."""
+    return (
+        f"Held-out accuracy after each epoch: all folds pooled, probabilities combined by: {' or '.join(combined)}. "
+        "It is drawn and never used to choose."
+    )
+
+
+def learning_curves_figure(
+    models: Sequence[Mapping[str, Any]], classes: int, combined: Sequence[str] = ("mean",)
+) -> Figure:
     """Draw held-out accuracy by epoch at the levels treatment, field and tile (paper's Figure 4).
 
     Parameters
@@ -225,7 +231,7 @@ def learning_curves_figure(models: Sequence[Mapping[str, Any]], classes: int) ->
             handlelength=3.4,
             bbox_to_anchor=(0.5, 0.27 / height),
         )
-        figure.text(0.5, 0.1 / height, CURVES_CAPTION, ha="center", va="bottom", fontsize=7.5, color=GREY)
+        figure.text(0.5, 0.1 / height, curves_caption(combined), ha="center", va="bottom", fontsize=7.5, color=GREY)
         figure.subplots_adjust(
             left=0.075, right=0.985, top=1 - 0.3 / height, bottom=(0.85 + 0.2 * rows) / height, wspace=0.09
         )

@@ -15,6 +15,7 @@ from cellhpc.feed import Pixels, feed, whole_batches
 from cellhpc.networks import HEAD_LOGITS
 from cellhpc.ranks import Ranks
 from cellhpc.scores import PREFIX
+from cellhpc.settings import How
 from cellhpc.step import Graphs, thinned_kernels
 
 KEYS = (
@@ -95,7 +96,9 @@ class Predictor:
             said[rows] = self._ask(rows, self._features, shape, self.data.pixels)
         return said
 
-    def attribute(self, rows: np.ndarray, predictions: pd.DataFrame, most: int, unknown: str) -> dict[str, np.ndarray]:
+    def attribute(
+        self, rows: np.ndarray, predictions: pd.DataFrame, most: int, unknown: str, how: How = "mean"
+    ) -> dict[str, np.ndarray]:
         """Say which pixels spoke for wrong calls of treatments; gives the arrays of `attributions.ATTRIBUTIONS`.
 
         Every rank does all of it: these tiles are few, and so none waits for another.
@@ -104,10 +107,10 @@ class Predictor:
         ----------
         rows, predictions
             Row numbers of the held-out tiles (n,), and what `predict` said of them.
-        most, unknown
+        most, unknown, how
             As of `attributions.wrong_tiles`.
         """
-        tiles = wrong_tiles(predictions, most, unknown)
+        tiles = wrong_tiles(predictions, most, unknown, how)
         classes = np.array([self.data.classes.index(call) for call in tiles["call"]], np.int32)
         chosen = rows[tiles.index.to_numpy(dtype=int)]
         pixels = np.zeros((len(tiles), *self.data.pixels.shape[1:]), np.uint8)

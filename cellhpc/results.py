@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cellhpc.names import model_name
 from cellhpc.outliers import outliers
 from cellhpc.report import render_report
 from cellhpc.report.compounds import wrong_treatments
+from cellhpc.score_tables import flat_intervals, tables_of
 from cellhpc.tally import ModelTally
 from cellhpc.tiles import Store
 from cellhpc.uncertainty_figures import conformal_figure, rejection_figure, reliability_figure
@@ -130,16 +131,16 @@ def write_results(
         else:
             ledger.write_table(results / name, table)
     matrices, pictures = {}, {}
-    for model in document["models"]:
-        title = model_name(model)
-        matrix = pd.DataFrame(model["confusion"], index=pd.Index(classes, name="label"), columns=classes)
-        name = f"confusion-{model['slug']}"
+    drawn_of = [(model_name(model), f"confusion-{model['slug']}", model) for model in document["models"]]
+    drawn_of += [(one["name"], f"confusion-ensemble-{number}", one) for number, one in enumerate(document["ensembles"])]
+    for title, name, one in drawn_of:
+        matrix = pd.DataFrame(one["confusion"], index=pd.Index(classes, name="label"), columns=classes)
         matrices[title] = matrix
         pictures[name] = figures.save(figures.confusion_figure(matrix, title), results / f"{name}.png")
         ledger.write_table(results / f"{name}.csv", matrix.reset_index())
     pictures["confusion"] = figures.save(figures.confusions_figure(matrices), results / "confusion.png")
     if all(model["curves"] for model in document["models"]):
-        curves = figures.learning_curves_figure(document["models"], len(classes))
+        curves = figures.learning_curves_figure(document["models"], len(classes), document["curves_combined"])
         pictures["learning-curves"] = figures.save(curves, results / "learning-curves.png")
     drawn = {
         "reliability": reliability_figure(document["models"]),
@@ -188,26 +189,12 @@ def _tables(document: Mapping[str, Any], models: Mapping[Name, ModelTally]) -> d
         if compounds is not None:
             counts = compounds.merge(counts.drop(columns="label"), on="compound", how="left")
         parts["compounds.csv"].append(named(name, counts))
-        parts["by_label.csv"].append(named(name, _flat_intervals(entries[name]["by_label"])))
+        parts["by_label.csv"].append(named(name, flat_intervals(entries[name]["by_label"])))
     found = {name: _below(tables) for name, tables in parts.items()}
-    return {**found, "comparisons.csv": _flat_intervals(document["comparisons"])}
+    return {**found, "comparisons.csv": flat_intervals(document["comparisons"]), **tables_of(document)}
 
 
 def _below(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Put tables one below the other; some may be empty, or lack all values of a column."""
     rows = [row for table in tables for row in table.to_dict("records")]
     return pd.DataFrame(rows, columns=list(dict.fromkeys(name for table in tables for name in table.columns)))
-
-
-def _flat_intervals(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Make a table of entries whose intervals become two columns each."""
-    return pd.DataFrame([dict(_flat(row)) for row in rows])
-
-
-def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        if key.endswith("95"):
-            low, high = value or (None, None)
-            yield from ((f"{key}_low", low), (f"{key}_high", high))
-        else:
-            yield key, value

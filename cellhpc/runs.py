@@ -44,6 +44,8 @@ class FinishedRun:
         Number of its epochs.
     search
         How it chose its settings, if it did.
+    combine
+        How it combined probabilities where it counted calls after an epoch.
     """
 
     id: str
@@ -57,6 +59,7 @@ class FinishedRun:
     trained_on_also: tuple[str, ...]
     epochs: int
     search: dict[str, Any] | None
+    combine: str
 
     @property
     def model(self) -> tuple[str, str]:
@@ -234,6 +237,7 @@ def _kept(name: str, folder: Path, facts: Mapping[str, Any], epochs: int, shared
         trained_on_also=shared(facts.get("trained_on_also", ())),
         epochs=epochs,
         search=facts.get("search"),
+        combine=sys.intern(str(facts.get("combine", "mean"))),
     )
 
 

@@ -39,6 +39,7 @@ from cellhpc.ranks import Ranks
 from cellhpc.recipe import TrainSettings
 from cellhpc.schedule import learning_rate
 from cellhpc.scores import levels
+from cellhpc.settings import How
 from cellhpc.step import Graphs, clear_optimizer, make_optimizer, trained_variables
 from cellhpc.sweep import Run
 
@@ -71,6 +72,8 @@ class Watch:
         Of each treatment that it calls wrong, it keeps so many tiles with maps (`cellhpc.attributions`).
     tensorboard
         Runs write their history for TensorBoard too.
+    combine
+        How probabilities of tiles are combined where held-out calls are counted after an epoch.
     steps_done
         Steps that this process has done, of all its runs.
     """
@@ -80,6 +83,7 @@ class Watch:
     keep_weights: bool = False
     attributions: int = 0
     tensorboard: bool = False
+    combine: How = "mean"
     steps_done: int = 0
 
 
@@ -189,7 +193,9 @@ class Trainer:
             predict_seconds = time.perf_counter() - began
             if not np.isfinite(predictions.filter(like="p_").to_numpy()).all():
                 raise self._not_finite("a predicted probability is not finite", at)
-            counts = levels(predictions[predictions["label"] != run.fold.unknown], "mean")
+            # Candidates of a search are compared by the mean always.
+            how = "mean" if run.fold.untouched else watch.combine
+            counts = levels(predictions[predictions["label"] != run.fold.unknown], how)
             at.next_epoch(
                 {
                     "epoch": at.epoch,
@@ -217,6 +223,7 @@ class Trainer:
         self, run: Run, training: np.ndarray, steps: int, at: Progress, keeper: Keeper | None, watch: Watch
     ) -> None:
         """Do the steps of an epoch that are not done yet."""
+        began = time.perf_counter()
         settings, targets = self.settings, self.data.targets
         classes = len(self.data.classes)
         class_weights = (
@@ -230,6 +237,9 @@ class Trainer:
         # Repeats tiles only where there are fewer than one batch.
         order = np.resize(order, (steps, settings.batch_size))[:, mine]
         with feed(given, list(order), together, at.step) as fetched:
+            spent = time.perf_counter() - began  # the network waits meanwhile
+            at.seconds += spent
+            at.waiting_seconds += spent
             self._train_steps(run, order, fetched, class_weights, at, keeper, watch)
 
     def _train_steps(
@@ -363,8 +373,10 @@ def train_run(
         if watch.keep_weights:
             archives[WEIGHTS] = named_weights(trainer.model)
         if watch.attributions:
-            archives[ATTRIBUTIONS] = ask.attribute(rows, predictions, watch.attributions, run.fold.unknown)
-    keeper.publish(tables, archives, lambda: {**_record(trainer, run, folds), **(facts or {})})
+            most, unknown = watch.attributions, run.fold.unknown
+            archives[ATTRIBUTIONS] = ask.attribute(rows, predictions, most, unknown, watch.combine)
+    more = {"combine": watch.combine, **(facts or {})}
+    keeper.publish(tables, archives, lambda: {**_record(trainer, run, folds), **more})
 
 
 def _in_words(epoch: Mapping[str, Any], epochs: int) -> str:

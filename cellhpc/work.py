@@ -188,6 +188,7 @@ def _train(study: StudyFolder, submission: Submission, task: Task, attempt: Path
     watch.keep_weights = job.sweep.keep_weights
     watch.attributions = job.sweep.attributions
     watch.tensorboard = job.sweep.tensorboard
+    watch.combine = job.aggregate.combine
     folds = read_folds(study.folds)
     store = Store.open(study.store(job), read_json(study.plates))
     check_folds(folds, store.tiles)

@@ -254,6 +254,14 @@ def test_curves_pool_counts_over_folds_and_end_at_the_scores(made: Path) -> None
         assert model["cost"]["images_per_s"] == 52.5  # the first epoch, at 51, compiles
 
 
+def test_the_rule_of_learning_curves_is_told(tmp_path: Path) -> None:
+    runs = make_study(tmp_path)
+    change(runs[0], combine="median")
+    assert aggregate(tmp_path, "made-up", runs, CLASSES)["curves_combined"] == ["mean", "median"]
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert "probabilities combined by: mean or median. It is drawn and never used to choose." in page
+
+
 def test_tables_hold_calls_and_probabilities_of_every_model(made: Path) -> None:
     for name, keys, units_of_a_model in (
         ("treatments", ["treatment"], 14),
@@ -298,6 +306,7 @@ def test_files(made: Path) -> None:
     expected |= {f"confusion-ResNet50-{start}.csv" for start in ("imagenet", "xavier")}
     expected |= {"scores.json", "report.html", "treatments.csv", "wells.csv", "fields.csv", "done.json"}
     expected |= {"compounds.csv", "by_label.csv", "comparisons.csv", "p_values.csv", "repeat.csv", "uncertainty.csv"}
+    expected |= {"accuracy.csv", "calibration.csv", "reliability.csv", "conformal.csv", "rejection.csv", "curves.csv"}
     assert names == expected
     matrix = pd.read_csv(made / "results" / "confusion-ResNet50-xavier.csv", index_col="label")
     assert list(matrix.index) == list(matrix.columns) == list(CLASSES)

@@ -100,11 +100,13 @@ def test_an_ensemble_of_networks_is_the_mean_of_their_treatments() -> None:
     tables = {name: combine(predictions(seed=seed))["treatment"] for seed, name in enumerate("ABC")}
     tables["C"] = tables["C"][tables["C"]["compound"] != "PP-2"]
     models = {(name, "imagenet"): table for name, table in tables.items()} | {("A", "xavier"): tables["A"]}
-    (found,) = ensembles(models)
+    (found,) = ensembles(models, CLASSES)
     assert (found["name"], found["networks"]) == ("mean of 3 networks, imagenet", ["A", "B", "C"])
     columns = [f"p_{name}" for name in CLASSES]
     stacked = pd.concat(table for table in tables.values()).groupby(["treatment", "label"])[columns]
     mean = stacked.mean()[stacked.size() == 3]
     right = mean.idxmax(axis=1).str.removeprefix("p_") == mean.index.get_level_values("label")
     assert (found["treatment"]["correct"], found["treatment"]["total"]) == (right.sum(), 12)
+    matrix = np.array(found["confusion"])
+    assert (np.trace(matrix), matrix.sum()) == (right.sum(), 12)
     assert set(found["wrong"]) == set(mean.index.get_level_values("treatment")[~right])

@@ -30,6 +30,7 @@ from cellhpc.networks import set_weights
 from cellhpc.predictor import DRAWS
 from cellhpc.ranks import OneRank
 from cellhpc.recipe import AUGMENTATIONS
+from cellhpc.scores import levels
 from cellhpc.settings import FoldsSettings
 from cellhpc.train import Interrupted, RunFailed, Trainer, Watch, _class_weights, train_run
 from tests import small
@@ -134,6 +135,18 @@ def test_a_run_leaves_its_record_and_is_not_done_twice(
     train_run(trainer, run, folds, tmp_path)
     assert snapshot(tmp_path / run.id) == before
     assert capsys.readouterr().out == ""
+
+
+def test_calls_after_an_epoch_are_counted_by_the_rule_of_the_study(trainer: Trainer, tmp_path: Path) -> None:
+    _, folds = small.data()
+    run = small.run(folds, MOBILENET)
+    for how in ("mean", "vote"):
+        train_run(trainer, run, folds, tmp_path / how, Watch(combine=how))
+        folder = outputs(tmp_path / how / run.id)
+        assert read_json(folder / "run.json")["combine"] == how
+        expected = levels(pd.read_parquet(folder / "predictions.parquet"), how)
+        told = read_json(folder / "history.json")["epochs"][-1]["held_out"]
+        assert told == {level: {key: at[key] for key in ("correct", "total")} for level, at in expected.items()}
 
 
 class TestKeptWeights:

@@ -47,6 +47,7 @@ _MAY_LACK: dict[str, dict[str, Any]] = {
         "search": [],
         "quality": {},
         "settings": {},
+        "curves_combined": ["mean"],
     },
     "provenance": {"runs": None, "submissions": [], "aggregate": None},
     "model": {"macro": None, "by_label": None, "spread": None, "uncertainty": None, "cost": None},
@@ -90,7 +91,7 @@ def render_report(
         "several": max(len(model["seeds"]) for model in document["models"]) > 1,
         "settings": dict(_flat(document["settings"])),
         "chosen": _chosen(document["search"]),
-        "curves_caption": figures.CURVES_CAPTION,
+        "curves_caption": figures.curves_caption(document["curves_combined"]),
         "confusion_caption": figures.CONFUSION_CAPTION,
         "shown_from": SHOWN_FROM,
         "set_at": SET_AT,
@@ -116,7 +117,12 @@ def render_report(
         page = rendered(without, known_of_all, *less)
         if (room := PAGE_BYTES - len(page.encode())) >= 0:
             break
-    return rendered(shown := whole.within(room), compounds(shown), *less) if whole.shown else page
+    while whole.shown and room > 0:
+        more = rendered(shown := whole.within(room), compounds(shown), *less)
+        if (over := len(more.encode()) - PAGE_BYTES) <= 0:
+            return more
+        room -= over  # what is said beside tiles was longer than is usual
+    return page
 
 
 @functools.cache

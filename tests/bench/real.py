@@ -1,17 +1,18 @@
 """The best preset on real pictures: 660 fields of BBBC021, 18 compounds left out, from ImageNet's MobileNet-0.25.
 
-Three studies of jobs/bbbc021_subset.toml, which train from the given weights and share one store:
+Five studies of jobs/bbbc021_subset.toml, which train from the given weights and share a store for each side of tiles:
 
-- compound: each compound is left out, three seeds;
-- week: each compound is left out together with all of its week (`folds.also = "batch"`), three seeds. Treatments whose
+- compound: each compound is left out, five seeds;
+- week: each compound is left out together with all of its week (`folds.also = "batch"`), five seeds. Treatments whose
   mechanism then is in no other compound can't be scored: they are counted and named;
 - xavier: as `compound`, from random weights, one seed;
-- other: as `compound`, with `OTHER`.
+- other, other week: as `compound` and `week`, with `OTHER`.
 
 Nothing is chosen here. `tests/bench/inner_choice.py` tells how the preset was chosen, among how many settings, on
 inner compounds: but the compounds of each half are held out too, and so the preset had seen half of them in the
 choice. `crossed` is without that: folds that hold out a compound of half B are those of the preset, which half A
-chooses, and folds of half A are those of `OTHER`, which half B chooses.
+chooses, and folds of half A are those of `OTHER`, which half B chooses; once more with the week left out too. (The
+choice itself left compounds out, and no week.)
 
 Beside them what fixed features of the same weights reach (`tests/bench/features.py`). Two runs are trained side by side
 on two cores. What is interrupted goes on when the same is typed again: it lies in `--folder`. Needs CELLHPC_DATA.
@@ -57,18 +58,20 @@ def studies(folder: Path, seeds: int) -> dict[str, Job]:
     """The job of each study; all but what is said here is the job file's."""
     pretrained, xavier = load_job(JOB).sweep.weights
     many, one = list(range(seeds)), [0]
+    others = (f"convert.store={folder / 'store_other'}", *OTHER)
     kinds: dict[str, tuple[str, list[int], str, tuple[str, ...]]] = {
         "compound": (pretrained, many, "", ()),
         "week": (pretrained, many, "batch", ()),
         "xavier": (xavier, one, "", ()),
-        "other": (pretrained, many, "", (f"convert.store={folder / 'store_other'}", *OTHER)),
+        "other": (pretrained, many, "", others),
+        "other week": (pretrained, many, "batch", others),
     }
     return {
         name: load_job(
             JOB,
             [
-                f"study.name={name}",
-                f"study.folder={folder / name}",
+                f"study.name={name.replace(' ', '_')}",
+                f"study.folder={folder / name.replace(' ', '_')}",
                 f"convert.store={folder / 'store'}",
                 f"folds.also={also!r}",
                 f"sweep.weights=[{weights!r}]",
@@ -94,7 +97,7 @@ def show(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     (model,) = scores["models"]
     found: dict[str, Any] = {"cost": model["cost"], "not_scorable": scores["folds"]["not_scorable"]}
     for seed, entry in model["by_seed"].items():
-        print(f"{name:10} seed {seed:5} " + "   ".join(counted(entry["levels"][level]) for level in LEVELS))
+        print(f"{name:12} seed {seed:5} " + "   ".join(counted(entry["levels"][level]) for level in LEVELS))
     for level in LEVELS:
         right = [entry["levels"][level]["correct"] for entry in model["by_seed"].values()]
         by_epoch = {seed: curve[level]["correct"] for seed, curve in model["curves"].items()}
@@ -105,11 +108,11 @@ def show(name: str, scores: dict[str, Any]) -> dict[str, Any]:
             f"{statistics.stdev(found[level]['by_seed']):.1f}, of {model['levels'][level]['total']}"
             for level in LEVELS
         ]
-        print(f"{name:10} {'spread':10} " + "   ".join(spread))
-        print(f"{name:10} {'ensemble':10} " + "   ".join(counted(model["levels"][level]) for level in LEVELS))
+        print(f"{name:12} {'spread':10} " + "   ".join(spread))
+        print(f"{name:12} {'ensemble':10} " + "   ".join(counted(model["levels"][level]) for level in LEVELS))
     if lacking := found["not_scorable"]:
         total = model["levels"]["treatment"]["total"] + sum(lacking.values())
-        print(f"{name:10} not scorable: {sum(lacking.values())} of {total} treatments, of {', '.join(lacking)}")
+        print(f"{name:12} not scorable: {sum(lacking.values())} of {total} treatments, of {', '.join(lacking)}")
     return found
 
 
@@ -125,14 +128,14 @@ def predictions(folder: Path, half: str) -> dict[int, pd.DataFrame]:
     return {seed: pd.concat(tables, ignore_index=True) for seed, tables in found.items()}
 
 
-def crossed(folder: Path) -> dict[str, Any]:
+def crossed(title: str, other: Path, preset: Path) -> dict[str, Any]:
     """Count what is right where no compound had a part in the choice of the settings that it is asked with."""
-    halves = predictions(folder / "other", "A"), predictions(folder / "compound", "B")
+    halves = predictions(other, "A"), predictions(preset, "B")
     seeds = {seed: pd.concat([half[seed] for half in halves], ignore_index=True) for seed in halves[0]}
     of_seeds = {seed: levels(table) for seed, table in seeds.items()}
     together = levels(average_tables([*seeds.values()]))
     for name, at in (*((f"seed {seed:5}", at) for seed, at in of_seeds.items()), (f"{'ensemble':10}", together)):
-        print(f"{'crossed':10} {name} " + "   ".join(counted(at[level]) for level in LEVELS))
+        print(f"{title:12} {name} " + "   ".join(counted(at[level]) for level in LEVELS))
     return {
         level: {"by_seed": [at[level]["correct"] for at in of_seeds.values()], "ensemble": together[level]}
         for level in LEVELS
@@ -169,17 +172,19 @@ def main() -> None:
         _, document = run_study(job)
         assert document is not None
         scores[name] = document
-    print(f"{'left out':10} {'':10} treatments, and fields: right [Wilson 95 %; bootstrap over compounds 95 %]")
+    print(f"{'left out':12} {'':10} treatments, and fields: right [Wilson 95 %; bootstrap over compounds 95 %]")
     found: dict[str, Any] = {name: show(name, document) for name, document in scores.items()}
-    found["crossed"] = crossed(given.folder.absolute())
+    where = given.folder.absolute()
+    found["crossed"] = crossed("crossed", where / "other", where / "compound")
+    found["crossed week"] = crossed("crossed week", where / "other_week", where / "week")
     features = frozen(jobs["compound"], given.folder.absolute())
     for left_out, at in features.items():
-        print(f"{'features':10} {left_out.removeprefix('compound_and_'):10} "
+        print(f"{'features':12} {left_out.removeprefix('compound_and_'):10} "
               + "   ".join(counted(at[level]) for level in LEVELS))  # fmt: skip
     print("right of seed 0 after each epoch, the compound left out (nothing is chosen by it)")
     for level in LEVELS:
         for name in ("compound", "xavier"):
-            print(f"{name:10} {level:10} " + " ".join(f"{right:3}" for right in found[name][level]["by_epoch"]["0"]))
+            print(f"{name:12} {level:10} " + " ".join(f"{right:3}" for right in found[name][level]["by_epoch"]["0"]))
     seconds = time.perf_counter() - began
     hours = sum(document["models"][0]["cost"]["hours"] for document in scores.values())
     runs = sum(document["models"][0]["cost"]["runs"] for document in scores.values())

@@ -103,8 +103,7 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(how: dict[str, Any]) -> dict[str, Any]:
-    """What one writes first."""
-    prepare(how["threads"])
+    """What one writes first; TensorFlow takes the threads that it wants."""
     import keras
     import numpy as np
 
