@@ -271,6 +271,13 @@ class TestFullPage:
         few = Gallery(made.gallery.shown[:5], made.gallery.channels)
         assert "were left out" not in render_report(made.document, made.pictures, made.tables, gallery=few)
 
+    def test_what_is_said_beside_tiles_counts_too(self, made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+        usual = render_report(made.document, made.pictures, made.tables, gallery=made.gallery)
+        monkeypatch.setattr("cellhpc.gallery._MARKUP_BYTES", 0)  # as if nothing were said beside them
+        page = render_report(made.document, made.pictures, made.tables, gallery=made.gallery)
+        assert len(page.encode()) <= PAGE_BYTES
+        assert page.count('alt="tile"') >= usual.count('alt="tile"')
+
     def test_where_sections_do_not_fit_those_with_wrong_calls_stay(
         self, made: MadeUp, monkeypatch: pytest.MonkeyPatch
     ) -> None:
