@@ -103,7 +103,7 @@ def engine(how: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(how: dict[str, Any]) -> dict[str, Any]:
-    """What one writes first, with the threads of the engine: with those that TensorFlow takes by itself it is slower."""
+    """What one writes first, with the engine's threads: with those that TensorFlow takes by itself it is slower."""
     prepare(how["threads"])
     import keras
     import numpy as np
