@@ -42,8 +42,15 @@ def tables_of(document: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 
 def flat_intervals(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Make a table of entries whose intervals become two columns each, and whose entries become columns of theirs."""
-    return pd.DataFrame([dict(_flat(row)) for row in rows])
+    """Make a table of entries whose intervals become two columns each, and whose entries become columns of theirs.
+
+    Counts stay whole numbers where some rows have none.
+    """
+    flat = [dict(_flat(row)) for row in rows]
+    table = pd.DataFrame(flat)
+    columns = [str(name) for name in table.columns]
+    counts = [name for name in columns if {type(row[name]) for row in flat if row.get(name) is not None} == {int}]
+    return table.astype(dict.fromkeys(counts, "Int64"))
 
 
 def _flat(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -89,3 +89,8 @@ def test_intervals_and_entries_become_columns() -> None:
             "top2_wilson95_high": None,
         }
     ]
+
+
+def test_counts_stay_whole_numbers_where_some_rows_have_none() -> None:
+    table = flat_intervals([{"right": 1, "share": 1.0}, {"share": 0.5}])
+    assert table.to_csv(index=False) == "right,share\n1,1.0\n,0.5\n"
