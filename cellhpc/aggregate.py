@@ -15,7 +15,7 @@
 - `report.html`, one page that needs no network;
 - `done.json`, the marker: with the same runs and settings a second call does nothing.
 
-`scores.json` (`cellhpc-scores/1`)::
+`scores.json` (`cellhpc-scores/2`)::
 
     study, complete, headline     name; whether every planned run is in; sentences, what is missing first
     cautions                      those sentences of the headline that a reader of the numbers must know besides
@@ -47,7 +47,8 @@
       network, initialisation, seed, fold, values                           `values` as in `[search]`
       log_probability, fields.{correct, total, by_epoch}, inner             of inner compounds
       diverged                                                              candidates whose loss was not finite
-    baselines.{chance, majority, batch_only}      of treatments; null while folds are missing, and with `folds.also`
+    baselines.{chance, majority, batch_only}      of treatments; null with `folds.unknown`, and without a store while
+                                  folds are missing or with `folds.also`
     baselines.table[]             the same as rows, and those of `cellhpc.baselines` where there is a store
       name, words, correct, total, accuracy, wilson95, not_scorable
     conversion                    counts of the store, and the fields that were set aside, each with its reason
@@ -71,7 +72,7 @@ import pandas as pd
 from cellhpc import figures, ledger, scores
 from cellhpc.attempts import finished
 from cellhpc.attributions import ATTRIBUTIONS
-from cellhpc.baselines import feature_baselines, feature_digests, intensity_baselines
+from cellhpc.baselines import blind_baselines, feature_baselines, feature_digests, intensity_baselines
 from cellhpc.compare import comparisons, ensembles
 from cellhpc.counting import Asked, count
 from cellhpc.errors import DataError, listing
@@ -86,7 +87,7 @@ from cellhpc.submission import history
 from cellhpc.tally import UNKNOWN, ModelTally
 from cellhpc.tiles import Store
 
-SCHEMA = "cellhpc-scores/1"
+SCHEMA = "cellhpc-scores/2"
 
 
 def aggregate(
@@ -172,10 +173,13 @@ def aggregate(
         if missing
         else []
     )
-    # Else the training treatments are not all known.
     done = {run.fold for run in runs}
-    whole = done == {fold.name for fold in folds.folds} and not folds.also and not folds.unknown
-    baselines = scores.baselines(asked.table() if whole else asked.table().iloc[:0], classes)
+    if done == {fold.name for fold in folds.folds} and not folds.also and not folds.unknown:
+        baselines = scores.baselines(asked.table(), classes)
+    elif store and not folds.unknown:  # which says what was trained on besides what was asked
+        baselines = blind_baselines(store, folds, done)
+    else:
+        baselines = scores.blind([], classes)
     if store and not folds.unknown:
         baselines["table"] += intensity_baselines(store, folds) + feature_baselines(study, store, folds)
     treatments_of = {name: model.treatments for name, model in models.items()}

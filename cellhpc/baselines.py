@@ -16,7 +16,7 @@ None of them is tuned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from cellhpc.features import Features
 from cellhpc.folds import Folds
 from cellhpc.levels import PREFIX, combine
 from cellhpc.profiles import LEFT_OUT, LeftOut, neighbours, regression
-from cellhpc.scores import score
+from cellhpc.scores import blind, labelled, score
 from cellhpc.tiles import Store
 from cellhpc.whitening import bare_plates, whiten
 
@@ -44,6 +44,29 @@ def statistics(fields: pd.DataFrame, channels: Sequence[str]) -> NDArray:
     values = fields[names].to_numpy(dtype=np.float64)
     linear = np.array([name.startswith("saturated") for name in names])
     return np.where(linear, values, np.log(np.maximum(values, 0) + 1e-3))
+
+
+def blind_baselines(store: Store, folds: Folds, asked: Collection[str]) -> dict[str, Any]:
+    """Say what is reached without looking at a picture, where not all that is trained on was asked.
+
+    Parameters
+    ----------
+    store, folds
+        Of the study: its fields say what each fold trains on, also what can't be scored or is missing.
+    asked
+        Names of the folds that count.
+
+    Returns
+    -------
+    dict
+        As `scores.baselines` gives it; there is no `batch_only` where the batch is left out too.
+    """
+    fields = store.fields[store.fields["bad"] == ""]
+    known = "batch" in fields and folds.also != "batch"
+    fields = fields.assign(batch=fields["batch"].astype(object).fillna("") if known else "")
+    parts = [(folds.held_out(fields, fold), folds.training(fields, fold)) for fold in folds.folds if fold.name in asked]
+    pairs = [(labelled(fields[own]), labelled(fields[others])) for own, others in parts if own.any() and others.any()]
+    return blind(pairs, folds.classes)
 
 
 def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:

@@ -129,8 +129,7 @@ def ensembles(models: Mapping[tuple[str, str], pd.DataFrame], classes: Sequence[
     list
         For each initialisation of two networks or more: `name`, `networks`, `initialisation`, `treatment` as
         `scores.entry` gives it, `confusion` as `scores.confusion` gives it, in rows, and `wrong`, the names of the
-        treatments that are wrong. Treatments that a network was
-        not asked are left out.
+        treatments that are wrong. Treatments that a network was not asked are left out.
     """
     found = []
     for start in dict.fromkeys(start for _, start in models):

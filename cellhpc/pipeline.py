@@ -71,7 +71,10 @@ class StudyPlan:
     @property
     def too_large(self) -> str:
         """Why the tiles don't fit into the memory where they will be, and what to type; empty when they do."""
-        return str(self.facts()["training"]["tiles_too_large"])
+        tiles, tile_bytes = _tiles(self.job, self.screen, self.folds, self.conversion)
+        window = self.job.train.window_tiles
+        held = held_bytes(tiles, tile_bytes, window)
+        return too_large(held, tile_bytes, self.memory, window, bound=self.folder.job.exists())
 
     @property
     def plates(self) -> list[str]:
@@ -134,7 +137,7 @@ class StudyPlan:
                 "tiles_in_memory_bytes": held,
                 "memory_for_tiles_bytes": int(self.memory.bytes),
                 "memory_for_tiles": self.memory.why,
-                "tiles_too_large": too_large(held, tile_bytes, self.memory, window, bound=self.folder.job.exists()),
+                "tiles_too_large": self.too_large,
                 "ranks": sweep.ranks,
                 "files": len(self.runs) * ((FILES_OF_A_RUN + sweep.tensorboard) * (1 + candidates) + more),
             },

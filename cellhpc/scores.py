@@ -281,22 +281,41 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
         fold=wells["fold"] if "fold" in wells else wells["compound"],
         batch=wells["batch"].astype(object).fillna("") if "batch" in wells else "",
     )
-    by_treatment = wells.groupby(["fold", "treatment"], sort=True, observed=True)
-    units = by_treatment.agg(label=("label", "first"), batches=("batch", lambda names: frozenset(names) - {""}))
+    units = labelled(wells, ["fold", "treatment"])
     folds = units.index.get_level_values("fold")
+    pairs = [(units.loc[[fold]], units[folds != fold]) for fold in folds.unique()] if folds.nunique() > 1 else []
+    return blind(pairs, classes)
+
+
+def labelled(wells: pd.DataFrame, by: Sequence[str] = ("treatment",)) -> pd.DataFrame:
+    """Give each treatment its `label` and its `batches`, of wells or fields with a column `batch` ("": not known)."""
+    groups = wells.groupby([*by], sort=True, observed=True)
+    return groups.agg(label=("label", "first"), batches=("batch", lambda names: frozenset(names) - {""}))
+
+
+def blind(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], classes: Sequence[str]) -> dict[str, Any]:
+    """Score calls that look at no picture; gives what `baselines` gives.
+
+    Parameters
+    ----------
+    pairs
+        For each fold the treatments that it asks and those that it trains on, as `labelled` gives them.
+    classes
+        All classes.
+    """
     chance = 1 / len(classes)
-    if len(units) == 0 or folds.nunique() < 2:
+    if not pairs:
         return {"chance": chance, "majority": None, "batch_only": None, "table": []}
-    majority_right = batch_right = 0
-    for fold in folds.unique():
-        training = units[folds != fold]
+    total = majority_right = batch_right = 0
+    for asked, training in pairs:
         majority = _commonest(training["label"])
-        for label, batches in zip(units.loc[[fold], "label"], units.loc[[fold], "batches"], strict=True):
+        for label, batches in zip(asked["label"], asked["batches"], strict=True):
             together = training["label"][[bool(batches & others) for others in training["batches"]]]
             majority_right += label == majority
             batch_right += label == (_commonest(together) if len(together) else majority)
-    batch_only = accuracy(batch_right, len(units)) if units["batches"].any() else None
-    found = {"majority": accuracy(majority_right, len(units)), "batch_only": batch_only}
+        total += len(asked)
+    batch_only = accuracy(batch_right, total) if any(asked["batches"].any() for asked, _ in pairs) else None
+    found = {"majority": accuracy(majority_right, total), "batch_only": batch_only}
     table = [{"name": name, "words": BASELINES[name], **at, "not_scorable": 0} for name, at in found.items() if at]
     return {"chance": chance, **found, "table": table}
 

@@ -51,7 +51,7 @@ def make_scores(compounds: int = 38, treatments: int = 103, networks: tuple[str,
         tables[slug] = levels["treatment"]
         models.append(_model(network, start, slug, levels, number))
     document = {
-        "schema": "cellhpc-scores/1",
+        "schema": "cellhpc-scores/2",
         "study": "made-up",
         "complete": False,
         "headline": ["Incomplete: 450 of 456 runs are finished. Missing: ResNet50_xavier_s1_f03, and 5 more."],

@@ -10,7 +10,7 @@ import pandas as pd
 import zarr
 from sklearn.linear_model import LogisticRegression
 
-from cellhpc import baselines, ledger
+from cellhpc import baselines, ledger, scores
 from cellhpc.folds import Folds, plan_folds
 from cellhpc.profiles import LEFT_OUT, neighbours
 from cellhpc.settings import FoldsSettings
@@ -69,6 +69,30 @@ def test_intensities_are_scored_on_the_folds_of_the_study(tmp_path: Path) -> Non
     assert logistic["not_scorable"] == 0
     assert (neighbour["name"], neighbour["total"]) == ("intensity_neighbour", 14)
     assert neighbour["correct"] > 14 / 3
+
+
+def test_what_looks_at_no_picture_where_not_all_is_asked(tmp_path: Path) -> None:
+    """Of a whole study it is what the asked treatments alone say; of some folds, or without the batch, a plain loop."""
+    store, folds = make_store(tmp_path)
+    every = [fold.name for fold in folds.folds]
+    own = store.fields[store.fields["role"] == "treatment"]
+    known = own.assign(fold=own["compound"]).drop_duplicates(["treatment", "batch"])
+    assert baselines.blind_baselines(store, folds, every) == scores.baselines(known, folds.classes)
+    some = baselines.blind_baselines(store, folds, every[:2])
+    asked = own[own["compound"].isin(every[:2])]["treatment"].nunique()
+    assert some["majority"]["total"] == some["batch_only"]["total"] == asked
+    apart = plan_folds(store.fields, FoldsSettings(also="batch"))
+    found = baselines.blind_baselines(store, apart, [fold.name for fold in apart.folds])
+    right = total = 0
+    for fold in apart.folds:
+        mine = own[own["compound"] == fold.name]
+        others = own[~own["batch"].isin(set(mine["batch"]))].drop_duplicates("treatment")
+        commonest = others["label"].value_counts().sort_index().idxmax()
+        right += (mine.drop_duplicates("treatment")["label"] == commonest).sum()
+        total += mine["treatment"].nunique()
+    assert (found["majority"]["correct"], found["majority"]["total"]) == (right, total)
+    assert found["batch_only"] is None
+    assert [row["name"] for row in found["table"]] == ["majority"]
 
 
 def test_without_controls_nothing_is_whitened(tmp_path: Path) -> None:
