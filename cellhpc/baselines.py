@@ -66,7 +66,9 @@ def blind_baselines(store: Store, folds: Folds, asked: Collection[str]) -> dict[
     fields = fields.assign(batch=fields["batch"].astype(object).fillna("") if known else "")
     parts = [(folds.held_out(fields, fold), folds.training(fields, fold)) for fold in folds.folds if fold.name in asked]
     pairs = [(labelled(fields[own]), labelled(fields[others])) for own, others in parts if own.any() and others.any()]
-    return blind(pairs, folds.classes)
+    found = blind(pairs, folds.classes)
+    aside = sum(folds.not_scorable.values())
+    return {**found, "table": [{**row, "not_scorable": aside} for row in found["table"]]}
 
 
 def intensity_baselines(store: Store, folds: Folds) -> list[dict[str, Any]]:

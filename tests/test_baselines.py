@@ -92,7 +92,7 @@ def test_what_looks_at_no_picture_where_not_all_is_asked(tmp_path: Path) -> None
         total += mine["treatment"].nunique()
     assert (found["majority"]["correct"], found["majority"]["total"]) == (right, total)
     assert found["batch_only"] is None
-    assert [row["name"] for row in found["table"]] == ["majority"]
+    assert [(row["name"], row["not_scorable"]) for row in found["table"]] == [("majority", 14 - total)]
 
 
 def test_without_controls_nothing_is_whitened(tmp_path: Path) -> None:
