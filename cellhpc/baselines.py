@@ -62,10 +62,9 @@ def blind_baselines(store: Store, folds: Folds, asked: Collection[str]) -> dict[
         As `scores.baselines` gives it; there is no `batch_only` where the batch is left out too.
     """
     fields = store.fields[store.fields["bad"] == ""]
-    known = "batch" in fields and folds.also != "batch"
-    fields = fields.assign(batch=fields["batch"].astype(object).fillna("") if known else "")
     parts = [(folds.held_out(fields, fold), folds.training(fields, fold)) for fold in folds.folds if fold.name in asked]
-    pairs = [(labelled(fields[own]), labelled(fields[others])) for own, others in parts if own.any() and others.any()]
+    told = fields.drop(columns="batch") if folds.also == "batch" else fields
+    pairs = [(labelled(told[own]), labelled(told[others])) for own, others in parts if own.any() and others.any()]
     found = blind(pairs, folds.classes)
     aside = sum(folds.not_scorable.values())
     return {**found, "table": [{**row, "not_scorable": aside} for row in found["table"]]}

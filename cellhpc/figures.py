@@ -180,6 +180,8 @@ def learning_curves_figure(
         `correct` and `total` with one entry an epoch.
     classes
         Number of classes, for the line of chance.
+    combined
+        As of `curves_caption`.
     """
     with mpl.rc_context(STYLE):
         figure = new_figure(9.2, 3.55 + 0.2 * -(-len(models) // 3))

@@ -63,18 +63,25 @@ class StudyPlan:
     memory: Allowed
     asked: Job
 
+    @cached_property
+    def _tiles(self) -> tuple[int, int]:
+        return _tiles(self.job, self.screen, self.folds, self.conversion)
+
     @property
     def tiles(self) -> int:
         """Tiles that the runs use, if none is set aside."""
-        return _tiles(self.job, self.screen, self.folds, self.conversion)[0]
+        return self._tiles[0]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of tiles that a host holds while it trains."""
+        return held_bytes(*self._tiles, self.job.train.window_tiles)
 
     @property
     def too_large(self) -> str:
         """Why the tiles don't fit into the memory where they will be, and what to type; empty when they do."""
-        tiles, tile_bytes = _tiles(self.job, self.screen, self.folds, self.conversion)
-        window = self.job.train.window_tiles
-        held = held_bytes(tiles, tile_bytes, window)
-        return too_large(held, tile_bytes, self.memory, window, bound=self.folder.job.exists())
+        window, bound = self.job.train.window_tiles, self.folder.job.exists()
+        return too_large(self.held_bytes, self._tiles[1], self.memory, window, bound=bound)
 
     @property
     def plates(self) -> list[str]:
@@ -110,11 +117,10 @@ class StudyPlan:
 
     def facts(self) -> dict[str, Any]:
         """Numbers of the plan, for `--dry-run`: sizes of the conversion, and what is missing of the training."""
-        sweep, window, candidates = self.job.sweep, self.job.train.window_tiles, len(self.job.candidates)
+        sweep, candidates = self.job.sweep, len(self.job.candidates)
         totals = self.conversion.totals()
         more = sweep.keep_weights + bool(sweep.attributions) + bool(self.job.train.dropout_draws)
-        tiles, tile_bytes = _tiles(self.job, self.screen, self.folds, self.conversion)
-        held = held_bytes(tiles, tile_bytes, window)
+        tiles, tile_bytes = self._tiles
         return {
             "study": self.job.study.name,
             "folder": str(self.folder.path),
@@ -133,8 +139,8 @@ class StudyPlan:
                 "steps_missing": self.steps,
                 "tiles": tiles,
                 "tiles_bytes": tiles * tile_bytes,
-                "window_tiles": window,
-                "tiles_in_memory_bytes": held,
+                "window_tiles": self.job.train.window_tiles,
+                "tiles_in_memory_bytes": self.held_bytes,
                 "memory_for_tiles_bytes": int(self.memory.bytes),
                 "memory_for_tiles": self.memory.why,
                 "tiles_too_large": self.too_large,
@@ -283,8 +289,8 @@ def claim_study(plan: StudyPlan, stages: Sequence[str] = STAGES) -> None:
     UsageError
         The folder belongs to another job file or split, or the tiles of missing runs don't fit into the memory.
     """
-    if "train" in stages and plan.missing and plan.too_large:
-        raise UsageError(plan.too_large)
+    if "train" in stages and plan.missing and (said := plan.too_large):
+        raise UsageError(said)
     plan.folder.claim(plan.job if "train" in stages else plan.asked)
     if not plan.folder.plates.exists() or read_json(plan.folder.plates) != plan.plates:
         write_json(plan.folder.plates, plan.plates)

@@ -162,7 +162,7 @@ def regression(learnt: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(class_weight="balanced", max_iter=2000)
-    # In one thread: each of a thousand steps is small, and threads that wait for each other took 29 times as long.
+    # In one thread: each of a thousand steps is small, and threads that wait for each other take many times as long.
     with threadpool_limits(1):
         found: np.ndarray = model.fit(learnt, labels).predict_proba(asked)
     return found

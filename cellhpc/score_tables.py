@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from cellhpc.names import model_name
+
 Row = dict[str, Any]
 
 
@@ -21,21 +23,14 @@ def tables_of(document: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     - `curves.csv`: right and asked after each epoch, pooled (`all`) and by seed.
     - `unknown.csv`: known against unknown labels.
     """
-    models = [(f"{model['network']}, {model['initialisation']}", model) for model in document["models"]]
+    models = [(model_name(model), model) for model in document["models"]]
     doubts = [(name, model["uncertainty"]) for name, model in models if model.get("uncertainty")]
     return {
         "accuracy.csv": flat_intervals([*_accuracies(models), *_accuracies_beside(document)]),
         "calibration.csv": flat_intervals([row for name, found in doubts for row in _calibrations(name, found)]),
         "reliability.csv": flat_intervals([row for name, found in doubts for row in _bins(name, found)]),
         "conformal.csv": flat_intervals([row for name, found in doubts for row in _sets(name, found)]),
-        "rejection.csv": flat_intervals(
-            [
-                {"model": name, **point}
-                for name, found in doubts
-                if found.get("rejection")
-                for point in found["rejection"]["curve"]
-            ]
-        ),
+        "rejection.csv": flat_intervals([row for name, found in doubts for row in _rejections(name, found)]),
         "curves.csv": flat_intervals([row for name, model in models for row in _curves(name, model)]),
         "unknown.csv": flat_intervals([row for name, found in doubts for row in _unknown(name, found)]),
     }
@@ -64,6 +59,10 @@ def _flat(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
+def _without(row: Mapping[str, Any], *names: str) -> Row:
+    return {key: value for key, value in row.items() if key not in names}
+
+
 def _accuracies(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Row]:
     for name, model in models:
         several = len(model["seeds"]) > 1
@@ -72,16 +71,14 @@ def _accuracies(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Row
             for level, at in entry["levels"].items():
                 yield {"model": name, "of": of, "level": level, **at}
         for what, at in (model.get("macro") or {}).items():
-            row = {key: value for key, value in at.items() if key != "of"}
-            yield {"model": name, "of": model["levels_of"], "level": f"mean over {what}s", **row}
+            yield {"model": name, "of": model["levels_of"], "level": f"mean over {what}s", **_without(at, "of")}
 
 
 def _accuracies_beside(document: Mapping[str, Any]) -> Iterator[Row]:
     for one in document.get("ensembles", ()):
         yield {"model": one["name"], "of": "ensemble of networks", "level": "treatment", **one["treatment"]}
     for row in document["baselines"].get("table", ()):
-        figures = {key: value for key, value in row.items() if key not in ("name", "words")}
-        yield {"model": row["words"], "of": "baseline", "level": "treatment", **figures}
+        yield {"model": row["words"], "of": "baseline", "level": "treatment", **_without(row, "name", "words")}
 
 
 def _states(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -93,8 +90,7 @@ def _states(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 def _calibrations(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
     for state, at in _states(found):
-        kept = {key: value for key, value in at.items() if key not in ("bins", "after_temperature")}
-        yield {"model": name, "state": state, **kept}
+        yield {"model": name, "state": state, **_without(at, "bins", "after_temperature")}
 
 
 def _bins(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
@@ -106,10 +102,14 @@ def _bins(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
 def _sets(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
     for kind in ("marginal", "by_label"):
         for at in (found.get("conformal") or {}).get(kind, ()):
-            whole = {key: value for key, value in at.items() if key != "per_label"}
-            yield {"model": name, "kind": kind, "label": "", **whole}
+            yield {"model": name, "kind": kind, "label": "", **_without(at, "per_label")}
             for row in at.get("per_label", ()):
                 yield {"model": name, "kind": kind, "alpha": at["alpha"], **row}
+
+
+def _rejections(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
+    for point in (found.get("rejection") or {}).get("curve", ()):
+        yield {"model": name, **point}
 
 
 def _curves(name: str, model: Mapping[str, Any]) -> Iterator[Row]:
@@ -121,6 +121,6 @@ def _curves(name: str, model: Mapping[str, Any]) -> Iterator[Row]:
 
 def _unknown(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
     if at := found.get("unknown"):
-        yield {"model": name, "label": "", **{key: value for key, value in at.items() if key != "per_label"}}
+        yield {"model": name, "label": "", **_without(at, "per_label")}
         for row in at["per_label"]:
             yield {"model": name, **row}

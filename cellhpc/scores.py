@@ -277,19 +277,16 @@ def baselines(wells: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
         no training treatments (a single fold) or no batches. Of equally common labels the first in alphabetical order
         is taken. `table`: those that there are as rows: `name`, `words`, what `accuracy` gives, and `not_scorable`.
     """
-    wells = wells.assign(
-        fold=wells["fold"] if "fold" in wells else wells["compound"],
-        batch=wells["batch"].astype(object).fillna("") if "batch" in wells else "",
-    )
-    units = labelled(wells, ["fold", "treatment"])
+    units = labelled(wells.assign(fold=wells["fold"] if "fold" in wells else wells["compound"]), ["fold", "treatment"])
     folds = units.index.get_level_values("fold")
     pairs = [(units.loc[[fold]], units[folds != fold]) for fold in folds.unique()] if folds.nunique() > 1 else []
     return blind(pairs, classes)
 
 
 def labelled(wells: pd.DataFrame, by: Sequence[str] = ("treatment",)) -> pd.DataFrame:
-    """Give each treatment its `label` and its `batches`, of wells or fields with a column `batch` ("": not known)."""
-    groups = wells.groupby([*by], sort=True, observed=True)
+    """Give each treatment its `label` and its `batches`, none where they are not known; of wells or fields."""
+    batch = wells["batch"].astype(object).fillna("") if "batch" in wells else ""
+    groups = wells.assign(batch=batch).groupby([*by], sort=True, observed=True)
     return groups.agg(label=("label", "first"), batches=("batch", lambda names: frozenset(names) - {""}))
 
 

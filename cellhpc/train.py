@@ -193,9 +193,7 @@ class Trainer:
             predict_seconds = time.perf_counter() - began
             if not np.isfinite(predictions.filter(like="p_").to_numpy()).all():
                 raise self._not_finite("a predicted probability is not finite", at)
-            # Candidates of a search are compared by the mean always.
-            how = "mean" if run.fold.untouched else watch.combine
-            counts = levels(predictions[predictions["label"] != run.fold.unknown], how)
+            counts = levels(predictions[predictions["label"] != run.fold.unknown], _rule(run, watch))
             at.next_epoch(
                 {
                     "epoch": at.epoch,
@@ -375,8 +373,13 @@ def train_run(
         if watch.attributions:
             most, unknown = watch.attributions, run.fold.unknown
             archives[ATTRIBUTIONS] = ask.attribute(rows, predictions, most, unknown, watch.combine)
-    more = {"combine": watch.combine, **(facts or {})}
+    more = {"combine": _rule(run, watch), **(facts or {})}
     keeper.publish(tables, archives, lambda: {**_record(trainer, run, folds), **more})
+
+
+def _rule(run: Run, watch: Watch) -> How:
+    """Say how calls are counted after an epoch: candidates of a search are compared by the mean always."""
+    return "mean" if run.fold.untouched else watch.combine
 
 
 def _in_words(epoch: Mapping[str, Any], epochs: int) -> str:

@@ -102,9 +102,11 @@ def render_report(
     }
     template = _environment().get_template("page.html.j2")
 
+    embedded = functools.cache(functools.partial(_embedded, pictures))
+
     def rendered(shown: Gallery, compounds: Sequence[Compound], sections_of: str, rows: int | None, room: int) -> str:
         told = [one if _has_section(one, sections_of) else replace(one, treatments=()) for one in compounds]
-        told_of = {**_of_compounds(told, rows), **_embedded(pictures, room)}
+        told_of = {**_of_compounds(told, rows), **embedded(room)}
         return template.render(**known, **told_of, sections_of=sections_of, rows=rows, gallery=shown)
 
     def compounds(shown: Gallery) -> Sequence[Compound]:

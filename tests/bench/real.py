@@ -6,7 +6,7 @@ Five studies of jobs/bbbc021_subset.toml, which train from the given weights and
 - week: each compound is left out together with all of its week (`folds.also = "batch"`), five seeds. Treatments whose
   mechanism then is in no other compound can't be scored: they are counted and named;
 - xavier: as `compound`, from random weights, one seed;
-- other, other week: as `compound` and `week`, with `OTHER`.
+- other, other_week: as `compound` and `week`, with `OTHER`.
 
 Nothing is chosen here. `tests/bench/inner_choice.py` tells how the preset was chosen, among how many settings, on
 inner compounds: but the compounds of each half are held out too, and so the preset had seen half of them in the
@@ -64,14 +64,14 @@ def studies(folder: Path, seeds: int) -> dict[str, Job]:
         "week": (pretrained, many, "batch", ()),
         "xavier": (xavier, one, "", ()),
         "other": (pretrained, many, "", others),
-        "other week": (pretrained, many, "batch", others),
+        "other_week": (pretrained, many, "batch", others),
     }
     return {
         name: load_job(
             JOB,
             [
-                f"study.name={name.replace(' ', '_')}",
-                f"study.folder={folder / name.replace(' ', '_')}",
+                f"study.name={name}",
+                f"study.folder={folder / name}",
                 f"convert.store={folder / 'store'}",
                 f"folds.also={also!r}",
                 f"sweep.weights=[{weights!r}]",
